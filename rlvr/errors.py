@@ -1,0 +1,15 @@
+"""Errors a user can act on: one line that names the field, the value and the fix."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Bad input, found before any model is loaded."""
+
+
+def unknown(field: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not in a table: says the nearest names, or all of them when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:20]
+    return ConfigError(f"{field}={name!r} is not known; did you mean {', '.join(near)}?")
