@@ -1,0 +1,58 @@
+"""Entropy controls by name. Adding one is a class in this folder and a line in `CONTROLS`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from rlvr.controls.base import Control, Outcome, Scope
+from rlvr.controls.covariance import ClipCov, KlCov
+from rlvr.errors import ConfigError, unknown
+from rlvr.surrogates import Clipped
+from rlvr.types import Coefficients, Mean, Reduce, Tokens
+
+CONTROLS: Mapping[str, Any] = {"clip_cov": ClipCov, "kl_cov": KlCov}
+
+__all__ = ["CONTROLS", "ClipCov", "Control", "KlCov", "Outcome", "Scope", "apply", "build", "build_controls"]
+
+
+def build(field: str, table: Mapping[str, Any], spec: str | Mapping[str, Any]) -> Any:
+    """An instance from `name` or `{name: ..., hyper-parameter: ...}`. Raises ConfigError naming field and value."""
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{field}={spec!r}: give a name or {{name: ..., ...}}; known: {', '.join(sorted(table))}")
+    if name not in table:
+        raise unknown(field, name, table)
+    known = {f.name for f in fields(table[name])}
+    for option, value in options.items():
+        if option not in known:
+            raise unknown(f"{field} {name}: option", option, known)
+        if isinstance(value, str) and option != "scope":
+            raise ConfigError(
+                f"{field} {name}: {option}={value!r} is text; write a number (YAML reads 1e-3 as text: 1.0e-3)"
+            )
+    try:
+        return table[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field} {name}: {error}") from error
+
+
+def build_controls(specs: Sequence[str | Mapping[str, Any]]) -> tuple[Control, ...]:
+    """The controls of a run, in order. Raises ConfigError on an unknown name or option, a bad value or a repetition."""
+    controls = tuple(build("controls", CONTROLS, spec) for spec in specs)
+    names = [control.name for control in controls]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"controls names {name} {names.count(name)} times: list it once")
+    return controls
+
+
+def apply(controls: Iterable[Control], tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
+    """All controls on the same tokens: coefficients combined, metrics side by side."""
+    coefficients = Coefficients()
+    metrics: dict[str, Mean] = {}
+    for control in controls:
+        outcome = control(tokens, clipped, reduce)
+        coefficients = coefficients.combine(outcome.coefficients)
+        metrics.update(outcome.metrics)
+    return Outcome(coefficients, metrics)

@@ -1,0 +1,75 @@
+"""What an entropy control is: a frozen dataclass of hyper-parameters that maps token statistics to coefficients.
+
+No gradient, no state, no logging and no trainer inside. What differs between ranks comes in through `reduce`.
+"""
+
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rlvr.surrogates import Clipped
+from rlvr.types import Coefficients, Metrics, Reduce, Tokens
+
+Scope = Literal["rollout", "micro_batch"]
+SCOPES: tuple[Scope, ...] = ("rollout", "micro_batch")
+
+
+class Outcome(NamedTuple):
+    """What a control decided, and what it has to tell about it."""
+
+    coefficients: Coefficients
+    metrics: Metrics
+
+
+class Control(Protocol):
+    """One entropy-control method.
+
+    scope: "rollout" runs once on the whole rollout batch, over all ranks, with the statistics of the policy that made
+    it, so the result does not depend on micro-batches or ranks; "micro_batch" runs on each micro-batch of one rank with
+    the current policy, as published code does.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]  # optional fields of Tokens that it reads
+    off_policy_only: ClassVar[bool]  # does nothing while old and current policy are equal
+    surrogate: ClassVar[str | None]  # the surrogate of its paper, where that is not the PPO clip
+
+    @property
+    def scope(self) -> Scope: ...
+
+    def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome: ...
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value}: must lie in [0, 1]")
+
+
+def check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r}: must be 'rollout' or 'micro_batch'")
+
+
+def largest(score: Tensor, key: Tensor, k: int, reduce: Reduce) -> Tensor:
+    """The k largest scores over all ranks, as a mask over this rank's [n]; ties go to the larger key.
+
+    Every rank sends at most k candidates. All of them when there are fewer than k.
+    """
+    mine = torch.stack([score.double(), key.double()])
+    possible = mine
+    if 0 < k < score.numel():  # cheap first cut, so that only ties and candidates are sorted
+        possible = mine[:, mine[0] >= mine[0].topk(k).values[-1]]
+    possible = possible[:, _descending(possible)[:k]]
+    candidates = reduce.gather(possible.T.contiguous()).T
+    top = candidates[:, _descending(candidates)[:k]]
+    if k <= 0 or top.size(1) == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    last_score, last_key = top[0, -1], top[1, -1]
+    return (mine[0] > last_score) | ((mine[0] == last_score) & (mine[1] >= last_key))
+
+
+def _descending(pairs: Tensor) -> Tensor:
+    """Order of [2, n] columns by the first row, then by the second, largest first."""
+    by_key = pairs[1].argsort(descending=True, stable=True)
+    return by_key[pairs[0, by_key].argsort(descending=True, stable=True)]

@@ -1,0 +1,257 @@
+"""Writes a run directory; records.py describes the files and reads them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from rlvr import __version__
+from rlvr.errors import ConfigError
+from rlvr.monitor.metrics import metric
+from rlvr.monitor.records import EVALS, RUN, STEPS, TOKEN_FILE, TOKENS, holds_run, read_lines, read_run
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "deepspeed")
+
+_SECRETS = ("hub_token", "api_key", "password", "secret")
+# Fixed types, so that the files of a run can be read as one table even where a column is all None.
+_ROW_TYPES = {
+    **dict.fromkeys(("step", "sequence", "prompt_index"), "int64"),
+    **dict.fromkeys(("reward", "advantage"), "float64"),
+    **dict.fromkeys(("prompt", "completion"), "string"),
+}
+_TOKEN_TYPES = {
+    **dict.fromkeys(("entropy", "logps", "old_logps", "rollout_logps", "ref_logps", "weight", "drift"), "float32"),
+    **{"token_ids": "int64", "tokens": "string", "keep": "bool"},
+}
+
+
+class Recorder:
+    """Writes the records of one run; only the main process has one. Every line is on disk when its call returns."""
+
+    def __init__(self, run_dir: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        """Start a new run.   config: the resolved settings.
+
+        Raises: ConfigError if the directory already holds a run.
+        """
+        check_run_dir(run_dir, resume=False)
+        self._open(run_dir)
+        self._write_run(_new_run(config or {}))
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, step: int, config: Mapping[str, Any] | None = None) -> "Recorder":
+        """Continue the run from the checkpoint of optimizer step `step`.
+
+        Records of later steps are dropped: they will be made again. A line torn by a kill is dropped too. Every file
+        is replaced whole, so a kill in here leaves a directory that can be resumed again.
+        Raises: ConfigError if a file is damaged anywhere but in its last line.
+        """
+        check_run_dir(run_dir, resume=True)
+        self = cls.__new__(cls)
+        self._open(run_dir)
+        records, dropped = _keep_until(self.run_dir / STEPS, step)
+        _keep_until(self.run_dir / EVALS, step)
+        _drop_token_files(self.run_dir / TOKENS, step)
+        self._last_step = step
+        self._tokens = records[-1]["tokens"] if records else 0
+        settings = _plain(config or {})
+        run = read_run(run_dir) or _new_run(settings)
+        before = run.get("config", {})
+        run["resumed"].append(
+            {
+                "step": step,
+                "time": time.time(),
+                "commit": _git_commit(),
+                "versions": _versions(),
+                "last_recorded_step": records[-1]["step"] if records else 0,
+                "dropped_records": dropped,
+                "changed_config": {key: value for key, value in settings.items() if before.get(key) != value},
+            }
+        )
+        run["status"] = "running"
+        self._write_run(run)
+        return self
+
+    def _open(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._last_step = 0
+        self._tokens = 0
+
+    def record_step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Append the record of one optimizer step, counted from 1.   metrics: globally reduced numbers.
+
+        Raises: ConfigError for a metric that METRICS does not name, ValueError for a step that is already recorded.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"step {step} comes after step {self._last_step}, which is already recorded")
+        values = _numbers(metrics)
+        tokens = values.get("policy/tokens", 0)
+        self._tokens += 0 if isinstance(tokens, str) else int(tokens)
+        self._last_step = step
+        self._append(STEPS, {"step": step, "time": time.time(), "tokens": self._tokens, "metrics": values})
+
+    def record_eval(
+        self, step: int, metrics: Mapping[str, SupportsFloat], details: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append an evaluation made after optimizer step `step`; 0 is before training.
+
+        details: what else to say about it, e.g. {"prompts": 500}.
+        Raises: ConfigError for a metric that METRICS does not name.
+        """
+        record = {"step": step, "time": time.time(), "metrics": _numbers(metrics)}
+        self._append(EVALS, _plain(details or {}) | record)
+
+    def record_tokens(self, step: int, columns: Mapping[str, Sequence[Any]]) -> Path:
+        """Write a sample of rollouts, one row per sequence; token-level columns hold one list per row.
+
+        columns: any of sequence, prompt_index, prompt, completion, reward, advantage, token_ids, tokens (decoded, one
+        string per token), entropy, logps, old_logps, rollout_logps, weight, drift, keep; others are kept as they are.
+        Raises: ValueError if the columns differ in length.
+        """
+        sizes = {name: len(values) for name, values in columns.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"token columns need one value per sequence each, got {sizes}")
+        rows = next(iter(sizes.values()))
+        path = self.run_dir / TOKENS / f"step-{step:06d}.parquet"
+        _write_parquet(path, {"step": [step] * rows, **columns})
+        return path
+
+    def finish(self, status: str = "finished") -> None:
+        """Say in run.json how the run ended: `finished`, `failed`, `interrupted`. A killed run stays `running`."""
+        run = read_run(self.run_dir)
+        self._write_run(run | {"status": status, "finished": time.time()})
+
+    def _write_run(self, run: Mapping[str, Any]) -> None:
+        _replace(self.run_dir / RUN, json.dumps(run, indent=2, allow_nan=False).encode() + b"\n")
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with open(self.run_dir / name, "ab", buffering=0) as file:
+            file.write(line)
+            os.fsync(file.fileno())
+
+
+def check_run_dir(run_dir: str | Path, resume: bool) -> None:
+    """Refuse a directory that a new run would overwrite; cheap, to be called before the model is loaded.
+
+    Raises: ConfigError if `run_dir` is a file, or holds a run that is not being resumed.
+    """
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output_dir={str(path)!r} is a file; choose another --output_dir")
+    if not resume and holds_run(path):
+        raise ConfigError(
+            f"output_dir={str(path)!r} already holds a run; continue it with --resume_from_checkpoint "
+            "or choose another --output_dir"
+        )
+
+
+def _new_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "status": "running",
+        "started": time.time(),
+        "commit": _git_commit(),
+        "versions": _versions(),
+        "config": _plain(config),
+        "resumed": [],
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, with `-dirty` where it has changes; None outside a git repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"rlvr": __version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _numbers(metrics: Mapping[str, SupportsFloat]) -> dict[str, Any]:
+    for name in metrics:
+        metric(name)
+    return {name: _plain(value if isinstance(value, int) else float(value)) for name, value in metrics.items()}
+
+
+def _plain(value: Any, key: str = "") -> Any:
+    """`value` as strict JSON: no NaN, no secrets, no objects."""
+    if key.endswith(_SECRETS) and value:
+        return "<redacted>"
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value if value is None or isinstance(value, (int, float, str)) else str(value)
+
+
+def _keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """Drop the records after `step`. Returns those kept, and how many were dropped."""
+    lines = read_lines(path)
+    kept = [(line, record) for line, record in lines if record["step"] <= step]
+    if path.exists():
+        _replace(path, b"".join(line + b"\n" for line, _ in kept))
+    return [record for _, record in kept], len(lines) - len(kept)
+
+
+def _drop_token_files(folder: Path, step: int) -> None:
+    for path in folder.glob("*.partial"):
+        path.unlink()
+    for path in folder.glob("step-*.parquet"):
+        match = TOKEN_FILE.fullmatch(path.name)
+        if match and int(match[1]) > step:
+            path.unlink()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole: a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {}
+    for name, values in columns.items():
+        kind = None
+        if name in _ROW_TYPES:
+            kind = pa.type_for_alias(_ROW_TYPES[name])
+        elif name in _TOKEN_TYPES:
+            kind = pa.list_(pa.type_for_alias(_TOKEN_TYPES[name]))
+        arrays[name] = pa.array([_encodable(value) for value in values], type=kind)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(pa.table(arrays), partial, compression="zstd")
+    os.replace(partial, path)
+
+
+def _encodable(value: Any) -> Any:
+    """Half of a surrogate pair, which a tokenizer can produce, has no UTF-8: it becomes a question mark."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
+        return [_encodable(entry) for entry in value]
+    return value

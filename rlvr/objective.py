@@ -1,0 +1,96 @@
+"""The whole policy objective: surrogate, coefficients and aggregation, composed in one place.
+
+loss = aggregate( weight * surrogate(A + advantage) + drift |log r| - entropy H + reference KL ) / denominator
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlvr.surrogates import Surrogate
+from rlvr.types import Coefficients, Tokens
+
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "dr_grpo", "token_budget"]
+AGGREGATIONS: tuple[Aggregation, ...] = (
+    "token_mean",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "dr_grpo",
+    "token_budget",
+)
+
+
+def policy_loss(
+    tokens: Tokens,
+    surrogate: Surrogate,
+    coefficients: Coefficients,
+    *,
+    mode: Aggregation,
+    denominator: Tensor | float | None = None,
+    corrected_kl: bool = False,
+) -> Tensor:
+    """The scalar to minimize. Without tokens it is a differentiable zero.
+
+    denominator: see `aggregate`.   corrected_kl: multiply the reference KL by the importance ratio (DeepSeek-V3.2).
+    Raises: ValueError if a coefficient needs a field of `tokens` that is None.
+    """
+    c = coefficients
+    if c.keep is not None:
+        tokens, c = tokens.select(c.keep), c.select(c.keep)
+    shifted = tokens if c.advantage is None else replace(tokens, advantages=tokens.advantages + c.advantage)
+    ratio = surrogate.ratio(tokens)
+    # Before the surrogate, as TRL does: the gradients that meet in the ratio are then summed in the same order.
+    kl = None if c.reference is None else reference_kl(tokens) * (ratio if corrected_kl else 1.0)
+    loss = surrogate.loss(ratio, shifted)
+    if c.weight is not None:
+        loss = loss * c.weight
+    if c.drift is not None:
+        loss = loss + c.drift * (tokens.logps - tokens.old_logps).abs()
+    if c.entropy is not None:
+        loss = loss - c.entropy * _required(tokens.entropy, "entropy")
+    if c.reference is not None and kl is not None:
+        loss = loss + c.reference * kl
+    return aggregate(loss, tokens, mode=mode, denominator=denominator)
+
+
+def reference_kl(tokens: Tokens) -> Tensor:
+    """KL(pi || pi_ref) per token [N], the k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi.
+
+    Ref: Schulman 2020, "Approximating KL divergence"; GRPO's Eq. 4.
+    """
+    ref_logps = _required(tokens.ref_logps, "ref_logps")
+    # d is written twice, as TRL does: its gradient is then summed in the same order, and results are equal exactly.
+    return torch.exp(ref_logps - tokens.logps) - (ref_logps - tokens.logps) - 1
+
+
+def aggregate(
+    token_loss: Tensor, tokens: Tokens, *, mode: Aggregation, denominator: Tensor | float | None = None
+) -> Tensor:
+    """One scalar from the losses of the tokens [N]: a sum over what is here, divided by the whole batch's denominator.
+
+    token_mean: sum / tokens.   seq_mean_token_mean: sum of each sequence's mean / sequences.   seq_mean_token_sum: sum /
+    sequences.   dr_grpo: sum / (sequences * maximum length).   token_budget: sum / budget.
+    denominator: tokens, non-empty sequences, sequences * maximum length, or the budget, of the *whole* batch, so that
+    the losses of micro-batches and ranks add up; None takes the tokens at hand for the whole (first three modes).
+    Fully masked sequences are no part of a sequence mean. Raises: ValueError if the mode is unknown, or has no
+    denominator to fall back on.
+    """
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"mode={mode!r}: must be one of {', '.join(AGGREGATIONS)}")
+    lengths = token_loss.new_zeros(tokens.num_sequences).index_add(0, tokens.sequence, torch.ones_like(token_loss))
+    if denominator is None:
+        if mode in ("dr_grpo", "token_budget"):
+            raise ValueError(f"mode={mode!r} needs a denominator: it is a constant that the tokens do not know")
+        denominator = (lengths.sum() if mode == "token_mean" else (lengths > 0).sum()).clamp(min=1)
+    if mode == "seq_mean_token_mean":
+        per_sequence = token_loss.new_zeros(tokens.num_sequences).index_add(0, tokens.sequence, token_loss)
+        token_loss = per_sequence / lengths.clamp(min=1)
+    return token_loss.sum() / denominator
+
+
+def _required(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"the objective needs tokens.{name}, which was not computed")
+    return value

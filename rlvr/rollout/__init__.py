@@ -1,0 +1,1 @@
+"""Rollout engines: completions and the log-probs they were sampled with."""

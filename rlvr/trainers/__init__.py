@@ -1,0 +1,1 @@
+"""Trainers on TRL, and the one place that knows its names."""

@@ -1,0 +1,164 @@
+"""What happens around the training loop: run records, token samples, the progress bar."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from rlvr.monitor.recorder import Recorder
+from rlvr.trainers import trl_bridge as bridge
+from rlvr.trainers.header import header
+from rlvr.types import Coefficients, Tokens
+
+if TYPE_CHECKING:
+    from rlvr.trainers.grpo import GRPOTrainer
+
+PHASES = ("rollout", "sync_weights", "verify", "old_logps", "update")
+
+
+class RunCallback(TrainerCallback):
+    """Writes the run directory, on the main process; takes part in the reductions on all of them."""
+
+    def __init__(self, trainer: "GRPOTrainer") -> None:
+        self._trainer = trainer
+        self._recorder: Recorder | None = None
+        self._seen: set[int] = set()
+        self._rows: list[dict[str, Any]] = []
+
+    def open(self, resume_step: int | None) -> None:
+        """Start the records of a run, or continue them after the checkpoint of `resume_step`."""
+        trainer = self._trainer
+        if not trainer.is_world_process_zero() or self._recorder is not None:
+            return
+        config = {
+            **trainer.args.to_dict(),
+            "task": trainer.task_description,
+            "model": trainer.model.config._name_or_path,
+        }
+        output_dir = str(trainer.args.output_dir)
+        if resume_step is None:
+            self._recorder = Recorder(output_dir, config)
+        else:
+            self._recorder = Recorder.resume(output_dir, resume_step, config)
+
+    @property
+    def is_open(self) -> bool:
+        return self._recorder is not None
+
+    def record_eval(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> None:
+        if self._recorder is not None:
+            self._recorder.record_eval(self._trainer.state.global_step, metrics, details)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # TRL counts micro-batches from 0 in every process; after a resume it would regenerate out of step with the
+        # sampler, which repeats each prompt for as many micro-batches as its rollout lasts.
+        self._trainer._step = state.global_step * args.gradient_accumulation_steps
+        if self._trainer.is_world_process_zero():
+            print(header(self._trainer), flush=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.clock.take()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.close_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics = {**self._trainer.step_metrics, **self._times()}
+        for name, value in metrics.items():
+            self._trainer._metrics["train"][name].append(value)
+        if self._recorder is not None:
+            self._recorder.record_step(state.global_step, metrics)
+            if self._rows:
+                columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+                self._recorder.record_tokens(state.global_step, columns)
+        self._rows = []
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.finish("finished" if state.global_step >= state.max_steps else "interrupted")
+
+    def _times(self) -> dict[str, float]:
+        """Seconds of the step by phase; the optimizer's own step is part of the update."""
+        seconds = self._trainer.clock.take()
+        times = {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
+        times["time/step"] = sum(seconds.values())
+        metrics = self._trainer.step_metrics
+        if times["time/rollout"] > 0 and "rollout/tokens" in metrics:
+            times["time/rollout_tokens_per_s"] = metrics["rollout/tokens"] / times["time/rollout"]
+        if times["time/update"] > 0 and "policy/tokens" in metrics:
+            times["time/update_tokens_per_s"] = metrics["policy/tokens"] / times["time/update"]
+        return times
+
+    def start_rollout(self) -> None:
+        self._seen.clear()
+
+    def sample_tokens(self, inputs: Mapping[str, Any], tokens: Tokens, coefficients: Coefficients) -> None:
+        """Keep the first sequences of the rollout with what the loss saw of each token, the first time they are trained."""
+        if self._recorder is None or not self._trainer.model.training:
+            return
+        limit = self._trainer.args.record_sequences
+        for row, number in enumerate(inputs[bridge.SEQUENCE].tolist()):
+            if number < limit and number not in self._seen:
+                self._seen.add(number)
+                self._rows.append(self._row(inputs, tokens, coefficients, row, number))
+
+    def _row(
+        self, inputs: Mapping[str, Any], tokens: Tokens, coefficients: Coefficients, row: int, number: int
+    ) -> dict[str, Any]:
+        tokenizer = self._trainer._tokenizer
+        mine = tokens.sequence == row
+        mask = bridge.trained_mask(inputs)[row]
+        ids = inputs["completion_ids"][row][mask].tolist()
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+
+        def numbers(x: Tensor | None) -> list[float] | None:
+            return None if x is None else x[mine].detach().float().tolist()
+
+        present = coefficients.present()
+        return {
+            "sequence": number,
+            "prompt_index": number // self._trainer.num_generations,
+            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+            "completion": tokenizer.decode(ids),
+            "reward": float(inputs[bridge.REWARD][row]),
+            "advantage": float(inputs["advantages"][row].float().mean()),
+            "token_ids": ids,
+            "tokens": [tokenizer.decode([i]) for i in ids],
+            "entropy": numbers(tokens.entropy),
+            "logps": numbers(tokens.logps),
+            "old_logps": numbers(tokens.old_logps),
+            "rollout_logps": numbers(tokens.rollout_logps),
+            **{name: numbers(present[name]) for name in ("weight", "drift") if name in present},
+        }
+
+
+class EntropyProgress(ProgressCallback):
+    """The training bar, with the step's reward and entropy on it instead of a dump of every metric."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        return
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.set_postfix_str(self._postfix, refresh=True)
+
+    _postfix = ""
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """What stands on the bar after this step."""
+        shown = {"reward": "reward/mean", "entropy": "entropy/mean", "length": "rollout/completion_length"}
+        parts = [f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics]
+        self._postfix = " · ".join(parts)
+
+
+def use_own_progress_bar(trainer: "GRPOTrainer") -> EntropyProgress:
+    """Replace the library's bar, which prints every metric of every log."""
+    had_bar = trainer.pop_callback(ProgressCallback) is not None
+    trainer.remove_callback(PrinterCallback)
+    bar = EntropyProgress()
+    if had_bar:
+        trainer.add_callback(bar)
+    return bar

@@ -1,0 +1,72 @@
+"""Gives TRL's trainer the in-process CPU engine; on CUDA, TRL's own colocate and server modes are used unchanged."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlvr.errors import ConfigError
+from rlvr.rollout.cpu_engine import CpuEngine, EngineOptions, Sampling
+from rlvr.rollout.parity import default_tolerance
+from rlvr.rollout.weights import merged_parameters
+
+if TYPE_CHECKING:
+    from rlvr.trainers.config import GRPOConfig
+    from rlvr.trainers.grpo import GRPOTrainer
+
+DEFAULT_MODEL_LENGTH = 4096
+
+
+def needs_cpu_engine(args: "GRPOConfig") -> bool:
+    """Whether vLLM has to run in this process on the CPU. TRL's server mode needs NCCL, so there it is refused."""
+    if not args.use_vllm or args.device.type == "cuda":
+        return False
+    if args.vllm_mode != "colocate":
+        raise ConfigError(
+            f"vllm_mode={args.vllm_mode!r} needs CUDA (its weight sync is NCCL): use vllm_mode: colocate"
+        )
+    return True
+
+
+def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
+    """Build the engine and hand it to the trainer in place of TRL's.
+
+    The seam is four attributes that TRL's own constructor sets.
+    """
+    args = trainer.args
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    sampling = Sampling(
+        max_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        extra=args.generation_kwargs or {},
+    )
+    longest = getattr(base.config, "max_position_embeddings", DEFAULT_MODEL_LENGTH)
+    options = EngineOptions(
+        dtype=engine_dtype(trainer),
+        max_model_len=args.vllm_max_model_length or min(longest, DEFAULT_MODEL_LENGTH),
+    )
+    trainer.vllm_generation = CpuEngine(base.config._name_or_path, lambda: merged_parameters(model), sampling, options)
+    trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "colocate", -1
+
+
+def engine_dtype(trainer: "GRPOTrainer") -> str:
+    """The engine's dtype: what was asked for, else what the trainer's forward computes in."""
+    return trainer.args.vllm_dtype or ("bfloat16" if _computes_in_bf16(trainer) else "float32")
+
+
+def engine_tolerance(trainer: "GRPOTrainer") -> float:
+    """Largest accepted mean |log-prob difference| between engine and trainer, in nats."""
+    if trainer.args.mismatch_tolerance is not None:
+        return trainer.args.mismatch_tolerance
+    exact = (
+        trainer.args.device.type != "cuda" and engine_dtype(trainer) == "float32" and not _computes_in_bf16(trainer)
+    )
+    return default_tolerance("float32" if exact else "bfloat16")
+
+
+def _computes_in_bf16(trainer: "GRPOTrainer") -> bool:
+    return bool(trainer.args.bf16) or trainer.model.dtype == torch.bfloat16

@@ -1,0 +1,98 @@
+"""The table printed before training: what one step is, so that nobody has to do batch arithmetic in their head."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlvr.trainers.grpo import GRPOTrainer
+
+
+def header(trainer: "GRPOTrainer") -> str:
+    """The table as text."""
+    rows = [("model", _model(trainer)), ("task", trainer.task_description or "reward functions of the caller")]
+    rows += [*_step(trainer), *_objective(trainer)]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join(["", "one step =", *lines, ""])
+
+
+def _model(trainer: "GRPOTrainer") -> str:
+    parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    total, trained = sum(n for n, _ in parameters), sum(n for n, grad in parameters if grad)
+    share = "" if trained == total else f", {trained / 1e6:.2f} M trained (LoRA)"
+    precision = "bf16 autocast" if trainer.args.bf16 else "fp16 autocast" if trainer.args.fp16 else "no autocast"
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    return f"{trainer.model.config._name_or_path}: {total / 1e6:.1f} M parameters{share}, {dtype} weights, {precision}"
+
+
+def _step(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
+    args = trainer.args
+    ranks = trainer.accelerator.num_processes
+    completions = args.generation_batch_size
+    updates = args.updates_per_rollout
+    engine = "transformers"
+    if trainer.use_vllm:
+        engine = f"vLLM, {type(trainer.vllm_generation).__name__}, {trainer.vllm_mode}"
+    reuse = (
+        f"{updates:g} optimizer steps per rollout" if updates >= 1 else f"{1 / updates:g} rollouts per optimizer step"
+    )
+    per_step = args.per_device_train_batch_size * ranks * args.gradient_accumulation_steps
+    return [
+        (
+            "rollout",
+            f"{completions // args.num_generations} prompts x {args.num_generations} = {completions} completions of at most "
+            f"{args.max_completion_length} tokens, temperature {args.temperature:g}, by {engine}",
+        ),
+        (
+            "optimizer step",
+            f"{per_step} completions = {ranks} process(es) x {args.gradient_accumulation_steps} micro-batches x "
+            f"{args.per_device_train_batch_size}; at most {per_step * args.max_completion_length} tokens",
+        ),
+        ("reuse", f"{reuse} ({args.num_iterations} pass(es) over each rollout)"),
+        (
+            "run",
+            f"{trainer.state.max_steps} optimizer steps, learning rate {args.learning_rate:g} {_name(args.lr_scheduler_type)}",
+        ),
+    ]
+
+
+def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
+    args = trainer.args
+    advantage = (
+        "leave-one-out"
+        if args.advantage_estimator == "leave_one_out"
+        else f"group-relative, scale {args.scale_rewards}"
+    )
+    rows = [
+        ("surrogate", _settings(args.surrogate_fn)),
+        ("aggregation", f"{args.aggregation} (loss_type {args.loss_type}); advantages {advantage}"),
+    ]
+    for control in args.control_list:
+        rows.append(("control", f"{control.name}: {_settings(control)}"))
+    if not args.control_list:
+        rows.append(("control", "none"))
+    if args.beta:
+        rows.append(("reference KL", f"beta {args.beta:g}"))
+    if trainer.use_vllm and args.vllm_importance_sampling_correction:
+        rows.append(
+            (
+                "engine correction",
+                f"{args.vllm_importance_sampling_mode}, at most {args.vllm_importance_sampling_clip_max}",
+            )
+        )
+    rows.append(
+        (
+            "entropy",
+            f"exact, nats, of softmax(z / {args.temperature:g}), mean over the trained tokens of the step, all ranks",
+        )
+    )
+    return rows
+
+
+def _settings(instance: Any) -> str:
+    values = ", ".join(f"{f.name}={getattr(instance, f.name)}" for f in fields(instance))
+    return f"{type(instance).__name__}({values})"
+
+
+def _name(scheduler: Any) -> str:
+    return str(getattr(scheduler, "value", scheduler))

@@ -1,0 +1,155 @@
+"""The only place that knows TRL's names: keys of its batch dicts, arguments of its forward, keys of its metrics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlvr.types import Coefficients, Reduce, Tokens, token_keys
+
+# Extra inputs of the model that TRL carries in a batch (images and the like); passed through untouched.
+FORWARD_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+# TRL's metric -> ours. Both are means over the rollout that TRL has already reduced over ranks.
+METRIC_NAMES = {
+    "reward": "reward/mean",
+    "reward_std": "reward/std",
+    "frac_reward_zero_std": "reward/zero_variance_groups",
+    "completions/mean_length": "rollout/completion_length",
+    "completions/max_length": "rollout/completion_length_max",
+    "completions/clipped_ratio": "rollout/truncated",
+    "sampling/importance_sampling_ratio/mean": "mismatch/correction",
+    "aux_loss": "policy/router_aux_loss",
+}
+VERIFIER_METRICS = ("reward/verifier_timeouts", "reward/verifier_errors")
+# TRL's metrics that ours replace, by a definition that does not depend on micro-batches or logging intervals.
+REPLACED_METRICS = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time")
+# Ours in TRL's batch, which it shuffles and splits with everything else: (B,), (B, T), or a scalar of the whole rollout.
+SEQUENCE = "rlvr_sequence"
+REWARD = "rlvr_reward"
+NUM_TOKENS = "rlvr_num_tokens"
+NUM_SEQUENCES = "rlvr_num_sequences"
+_COEFFICIENT = "rlvr_coefficient_"
+
+
+def forward_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `_get_per_token_logps_and_entropies`."""
+    return {
+        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+        "logits_to_keep": batch["completion_ids"].size(1),
+        **{key: batch[key] for key in FORWARD_KEYS if key in batch},
+    }
+
+
+def trained_mask(batch: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: response tokens that the policy produced; tool output and padding are not."""
+    mask = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
+
+
+def number_sequences(batch: dict[str, Any], rank: int) -> None:
+    """Give each sequence its number in the whole rollout, over all ranks, before TRL shuffles them."""
+    rows = batch["completion_ids"].size(0)
+    batch[SEQUENCE] = torch.arange(rank * rows, (rank + 1) * rows, device=batch["completion_ids"].device)
+
+
+def tokens_of(
+    batch: Mapping[str, Any], logps: Tensor, old_logps: Tensor, entropy: Tensor | None, *, seed: int, step: int
+) -> Tokens:
+    """The trained tokens of a batch.
+
+    logps, old_logps, entropy: (B, T).   seed, step: of the run and of the rollout, for the tokens' random keys.
+    """
+    mask = trained_mask(batch)
+    sequence = batch[SEQUENCE].unsqueeze(1).expand_as(mask)
+    position = torch.arange(mask.size(1), device=mask.device).expand_as(mask)
+    return Tokens.from_padded(
+        mask,
+        logps=logps,
+        old_logps=old_logps,
+        advantages=batch["advantages"],
+        entropy=entropy,
+        rollout_logps=batch.get("sampling_per_token_logps"),
+        ref_logps=batch.get("ref_per_token_logps"),
+        key=token_keys(seed, step, sequence, position),
+    )
+
+
+def attach(batch: dict[str, Any], coefficients: Coefficients) -> None:
+    """Put the coefficients [N] of the whole rollout into its batch as (B, T) tensors."""
+    mask = trained_mask(batch)
+    for name, value in coefficients.present().items():
+        padded = torch.zeros(mask.shape, dtype=value.dtype, device=mask.device)
+        padded[mask] = value
+        batch[_COEFFICIENT + name] = padded
+
+
+def attached(batch: Mapping[str, Any]) -> Coefficients:
+    """The coefficients [N] that `attach` put into the rollout, for the tokens of this micro-batch."""
+    mask = trained_mask(batch)
+    found = {
+        name.removeprefix(_COEFFICIENT): value[mask] for name, value in batch.items() if name.startswith(_COEFFICIENT)
+    }
+    return Coefficients(**found)
+
+
+def engine_correction(batch: Mapping[str, Any]) -> Coefficients:
+    """TRL's engine/trainer importance correction, (B, T) or (B, 1), as a weight."""
+    ratio = batch.get("importance_sampling_ratio")
+    if ratio is None:
+        return Coefficients()
+    mask = trained_mask(batch)
+    return Coefficients(weight=ratio.expand_as(mask)[mask])
+
+
+def count_trained(batch: dict[str, Any], reduce: Reduce) -> dict[str, float]:
+    """Set the rollout's global denominators in the batch; returns its sizes as metrics.
+
+    A token that a control took out (`keep`) counts nowhere; a sequence without tokens is no part of a mean.
+    """
+    mask = trained_mask(batch)
+    if _COEFFICIENT + "keep" in batch:
+        mask = mask & batch[_COEFFICIENT + "keep"]
+    counts = torch.stack(
+        [
+            mask.sum(),
+            mask.any(dim=1).sum(),
+            batch["completion_mask"].sum(),
+            batch["prompt_mask"].sum(),
+            torch.tensor(mask.size(0), device=mask.device),
+            batch[REWARD].isnan().sum(),
+        ]
+    )
+    counts = reduce.sum(counts)
+    batch[NUM_TOKENS], batch[NUM_SEQUENCES] = counts[0], counts[1]
+    _, _, completion, prompt, rows, unscored = counts.tolist()
+    return {
+        "rollout/tokens": completion,
+        "rollout/prompt_length": prompt / rows,
+        "reward/unscored": unscored / rows,
+    }
+
+
+def rollout_metrics(trl_metrics: Mapping[str, list[float]]) -> dict[str, float]:
+    """The latest of TRL's rollout metrics under our names, and those that reward functions logged under ours."""
+    found = {ours: trl_metrics[theirs][-1] for theirs, ours in METRIC_NAMES.items() if trl_metrics.get(theirs)}
+    found |= {name: trl_metrics[name][-1] for name in VERIFIER_METRICS if trl_metrics.get(name)}
+    return found
+
+
+def rename_metrics(trl_metrics: dict[str, list[float]]) -> None:
+    """Log ours instead of TRL's where both measure the same; what only TRL measures stays under TRL's name."""
+    for name in (*METRIC_NAMES, *REPLACED_METRICS):
+        trl_metrics.pop(name, None)

@@ -1,0 +1,155 @@
+"""Worked cases in float64 (tests/data/vectors.json): inputs, parameters and expected numbers of each method."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlvr.advantages import group_relative
+from rlvr.controls import ClipCov, KlCov, apply
+from rlvr.objective import aggregate, policy_loss
+from rlvr.surrogates import Cispo, Gspo, PpoClip, Surrogate
+from rlvr.types import Coefficients, LocalReduce, Tokens, token_keys
+
+VECTORS = {v["id"]: v for v in json.loads((Path(__file__).parent / "data" / "vectors.json").read_text())["vectors"]}
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+NUMERICAL_GRADIENT = {"rtol": 0.0, "atol": 2e-8}  # the cases' gradients are central differences
+
+
+def cases(prefix: str) -> Any:
+    return pytest.mark.parametrize(
+        "case", [v for k, v in VECTORS.items() if k.split("/")[0] == prefix], ids=lambda v: v["id"]
+    )
+
+
+def tensor(x: Any) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def setup(case: dict[str, Any], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Tokens]:
+    """(padded log-probs that carry the gradient, mask, tokens)"""
+    x = {k: tensor(v) for k, v in case["inputs"].items()}
+    logps = x["logp"].requires_grad_()
+    mask = x["mask"].bool()
+    row, col = torch.meshgrid(*[torch.arange(n) for n in mask.shape], indexing="ij")
+    tokens = Tokens.from_padded(
+        mask,
+        logps=logps,
+        old_logps=x.get("old_logp", x["logp"].detach()),
+        advantages=x["adv"],
+        key=token_keys(seed, 0, row, col),
+    )
+    return logps, mask, tokens
+
+
+def check_loss(case: dict[str, Any], loss: torch.Tensor, logps: torch.Tensor) -> None:
+    expected = case["expected"]
+    torch.testing.assert_close(loss.detach(), tensor(expected["loss"]), **EXACT)
+    if "grad_logp" in expected:
+        (grad,) = torch.autograd.grad(loss, logps)
+        torch.testing.assert_close(grad, tensor(expected["grad_logp"]), **NUMERICAL_GRADIENT)
+
+
+def ppo(p: dict[str, Any]) -> PpoClip:
+    return PpoClip(low=p["eps_low"], high=p["eps_high"], dual_clip=p.get("dual_clip"))
+
+
+@cases("agg")
+def test_aggregation(case: dict[str, Any]) -> None:
+    loss, mask = tensor(case["inputs"]["loss_mat"]), tensor(case["inputs"]["mask"]).bool()
+    flat = loss[mask]
+    tokens = Tokens.from_padded(mask, logps=loss, old_logps=loss, advantages=loss)
+    mode, const = case["params"]["mode"], case["params"]["const"]
+    denominator = const * mask.size(0) if mode == "dr_grpo" else const
+    got = aggregate(flat, tokens, mode=mode, denominator=denominator)
+    torch.testing.assert_close(got, tensor(case["expected"]["loss"]), **EXACT)
+
+
+@cases("grpo_adv")
+def test_group_relative_advantage(case: dict[str, Any]) -> None:
+    rewards, group, p = tensor(case["inputs"]["rewards"]), torch.tensor(case["inputs"]["group"]), case["params"]
+    got = group_relative(rewards, group, scale=p["scale"], eps=p["eps"], ddof=p["ddof"])
+    torch.testing.assert_close(got, tensor(case["expected"]["advantage"]), **EXACT)
+
+
+@cases("ppo")
+def test_ppo_clip(case: dict[str, Any]) -> None:
+    logps, mask, tokens = setup(case)
+    surrogate, expected = ppo(case["params"]), case["expected"]
+    torch.testing.assert_close(
+        surrogate.loss(surrogate.ratio(tokens), tokens).detach(), tensor(expected["token_loss"])[mask], **EXACT
+    )
+    assert torch.equal(surrogate.clipped(surrogate.ratio(tokens), tokens).any, torch.tensor(expected["clipped"])[mask])
+    check_loss(case, policy_loss(tokens, surrogate, Coefficients(), mode=case["params"]["mode"]), logps)
+
+
+@cases("gspo")
+def test_gspo(case: dict[str, Any]) -> None:
+    logps, _, tokens = setup(case)
+    surrogate = Gspo(low=case["params"]["eps_low"], high=case["params"]["eps_high"])
+    if "seq_ratio" in case["expected"]:
+        got = torch.stack([surrogate.ratio(tokens)[tokens.sequence == i][0] for i in range(tokens.num_sequences)])
+        torch.testing.assert_close(got.detach(), tensor(case["expected"]["seq_ratio"]), **EXACT)
+    check_loss(case, policy_loss(tokens, surrogate, Coefficients(), mode="seq_mean_token_mean"), logps)
+
+
+@cases("cispo")
+def test_cispo(case: dict[str, Any]) -> None:
+    logps, mask, tokens = setup(case)
+    surrogate = Cispo(ratio_low=1 - case["params"]["eps_low"], ratio_high=1 + case["params"]["eps_high"])
+    torch.testing.assert_close(
+        surrogate.loss(surrogate.ratio(tokens), tokens).detach(), tensor(case["expected"]["token_loss"])[mask], **EXACT
+    )
+    check_loss(case, policy_loss(tokens, surrogate, Coefficients(), mode="token_mean"), logps)
+
+
+def clip_cov_loss(case: dict[str, Any], seed: int, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, Coefficients]:
+    logps, mask, tokens = setup(case, seed)
+    p, surrogate = case["params"], ppo(case["params"])
+    control = ClipCov(fraction=p["clip_ratio"], low=p["cov_lb"], high=p["cov_ub"], scope="micro_batch", **changes)
+    coefficients, metrics = apply([control], tokens, surrogate.clipped(surrogate.ratio(tokens), tokens), LocalReduce())
+    expected = case["expected"]
+    if "candidates" in expected and not changes:
+        share = tensor(expected["candidates"]).sum().item() / mask.sum().item()
+        assert metrics["clip_cov/candidates"].value() == pytest.approx(share, abs=1e-12)
+    return policy_loss(tokens, surrogate, coefficients, mode="token_mean"), logps, coefficients
+
+
+@cases("clip_cov")
+def test_clip_cov(case: dict[str, Any]) -> None:
+    expected, mask = case["expected"], tensor(case["inputs"]["mask"]).bool()
+    if "possible_losses" in expected:
+        losses = [clip_cov_loss(case, seed)[0].item() for seed in range(300)]
+        nearest = [min(range(3), key=lambda i, x=x: abs(x - expected["possible_losses"][i])) for x in losses]
+        assert all(
+            math.isclose(x, expected["possible_losses"][i], abs_tol=1e-10)
+            for x, i in zip(losses, nearest, strict=True)
+        )
+        assert all(60 <= nearest.count(i) <= 140 for i in range(3))  # uniform: 100 +- 4.9 sigma
+        return
+    loss, logps, coefficients = clip_cov_loss(case, 0)
+    if "selected" in expected:
+        assert coefficients.weight is not None
+        assert torch.equal(coefficients.weight == 0, torch.tensor(expected["selected"])[mask])
+    check_loss(case, loss, logps)
+    if "candidates_paper_no_exclusion" in expected:
+        _, _, coefficients = clip_cov_loss(case, 0, exclude_clipped=False)
+        assert coefficients.weight is not None
+        assert torch.equal(coefficients.weight == 0, torch.tensor(expected["candidates_paper_no_exclusion"])[mask])
+
+
+@cases("kl_cov")
+def test_kl_cov(case: dict[str, Any]) -> None:
+    from rlvr.surrogates import Unclipped
+
+    logps, mask, tokens = setup(case)
+    surrogate: Surrogate = Unclipped()
+    control = KlCov(fraction=case["params"]["k_frac"], coef=case["params"]["beta"], scope="micro_batch")
+    coefficients, _ = apply([control], tokens, surrogate.clipped(surrogate.ratio(tokens), tokens), LocalReduce())
+    assert coefficients.drift is not None
+    selected = torch.tensor(case["expected"]["selected"])[mask]
+    assert torch.equal(coefficients.drift, case["params"]["beta"] * selected.double())
+    check_loss(case, policy_loss(tokens, surrogate, coefficients, mode="token_mean"), logps)
