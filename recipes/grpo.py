@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlvr import GRPOConfig, GRPOTrainer
 from rlvr.errors import ConfigError
@@ -42,6 +42,7 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
         args,
         task.train,
         task.heldout,
+        quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         task_description=task.describe,
     )
@@ -60,15 +61,12 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
 
 def model_arguments(args: GRPOConfig, model_config: ModelConfig) -> dict[str, object]:
     """How the model is loaded, as in TRL's own scripts."""
-    quantization = get_quantization_config(model_config)
     arguments = {
-        **(args.model_init_kwargs or {}),
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype,
+        **(args.model_init_kwargs or {}),
     }
-    if quantization is not None:
-        arguments |= {"device_map": get_kbit_device_map(), "quantization_config": quantization}
     return {name: value for name, value in arguments.items() if value is not None}
 
 

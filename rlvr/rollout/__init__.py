@@ -1,1 +1,1 @@
-"""Rollout engines: completions and the log-probs they were sampled with."""
+"""Rollout engines, the weights they are given, and how far their log-probs are from the trainer's."""

@@ -7,7 +7,6 @@ sync a tied output head silently keeps the old weights. vllm is imported when th
 import contextlib
 import gc
 import importlib.util
-import itertools
 import logging
 import os
 import random
@@ -27,8 +26,8 @@ from rlvr.errors import ConfigError
 Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
 Rollouts = tuple[None, list[list[int]], list[list[list[float]]], None]
 
-_OWNED = frozenset({"n", "seed", "logprobs", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
-_OWNED_FIELDS = _OWNED | {"max_tokens"}
+_FIELDS = frozenset({"max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
+_OWNED = _FIELDS | {"n", "seed", "logprobs"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,7 @@ class Sampling:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} must be positive")
-        if owned := sorted(_OWNED_FIELDS & set(self.extra)):
+        if owned := sorted(_OWNED & set(self.extra)):
             raise ConfigError(f"extra={owned} must be set as fields of Sampling (generation_kwargs may not hold them)")
 
 
@@ -66,13 +65,21 @@ class EngineOptions:
 
     dtype: of weights and cache; the one the trainer computes in keeps sampler and trainer alike.
     max_model_len: prompt plus completion, tokens.   kv_cache_gib: memory for keys and values, GiB.
-    block_size: tokens per cache block. Prompts share whole blocks only, so vLLM's 128 shares nothing of a short one.
+    block_size: tokens per cache block, a multiple of 32. Prompts share whole blocks only (vLLM's default is 128): a
+        few-shot prefix of 32 tokens is computed once per rollout, one of 31 for every completion.
+    Raises: ConfigError for another dtype or block size.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_model_len: int = 1024
     kv_cache_gib: float = 1.0
-    block_size: int = 16
+    block_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16' on a CPU")
+        if self.block_size < 32 or self.block_size % 32:
+            raise ConfigError(f"block_size={self.block_size} must be a multiple of 32 on a CPU")
 
 
 def require_vllm() -> None:
@@ -115,7 +122,7 @@ class CpuEngine:
         require_vllm()
         with _process_state_kept():
             self.llm = _build(str(checkpoint), self.options)
-        self.llm.apply_model(_check_unpacked)
+        self.llm.apply_model(_require_loadable)
 
     def sync_weights(self) -> None:
         """Copy every policy weight into the engine and forget cached keys and values.
@@ -182,7 +189,7 @@ class CpuEngine:
         """The settings as vLLM's SamplingParams, with the log-prob of the sampled token only."""
         from vllm import SamplingParams
 
-        fields = {name: getattr(self.sampling, name) for name in _OWNED_FIELDS - {"n", "seed", "logprobs"}}
+        fields = {name: getattr(self.sampling, name) for name in _FIELDS}
         return SamplingParams(n=1, logprobs=0, **fields, **self.sampling.extra)
 
     @contextlib.contextmanager
@@ -194,3 +201,97 @@ class CpuEngine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.sampling.seed, self.num_calls)) % 2**63)
             yield
+
+
+def _build(checkpoint: str, options: EngineOptions) -> Any:
+    """The vllm.LLM, with weights that can be loaded again."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ConfigError("the installed vllm is not a CPU build; on this machine use TRL's colocate or server mode")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    with _weights_kept():
+        return vllm.LLM(
+            checkpoint,
+            dtype=options.dtype,
+            enforce_eager=True,
+            max_model_len=options.max_model_len,
+            block_size=options.block_size,
+            kv_cache_memory_bytes=int(options.kv_cache_gib * 2**30),
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            use_tqdm_on_load=False,
+        )
+
+
+@contextlib.contextmanager
+def _weights_kept() -> Iterator[None]:
+    """Let vLLM pack weights for its CPU kernels while keeping the originals, which it would drop.
+
+    Without them `load_weights` fails, and `reload_weights` leaves a tied output head with the packed old weights and
+    no error. Costs a second copy of the linear weights; a copy without packing is half as fast in float32 on some CPUs.
+    """
+    from vllm.model_executor.layers import utils
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+
+    def pack_and_keep(layer: nn.Module, remove_weight: bool) -> None:
+        del remove_weight
+        pack(layer, remove_weight=False)
+
+    utils.dispatch_cpu_unquantized_gemm = pack_and_keep
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = pack
+
+
+def _require_loadable(model: nn.Module) -> None:
+    """Refuse a vLLM whose CPU backend drops weights by a way that _weights_kept does not know."""
+    packed = [name for name, layer in model.named_modules() if hasattr(layer, "cpu_linear")]
+    dropped = [name for name, weight in model.named_parameters() if weight.numel() == 0]
+    if dropped or not packed:
+        raise RuntimeError(f"this vllm release packs CPU weights in an unknown way ({dropped[:3]}); use vllm 0.31-0.32")
+
+
+def _load(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Load checkpoint-named tensors into vLLM's model and pack its linear layers again, the tied head included."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    loaded = model.load_weights((name, tensor.detach()) for name, tensor in parameters)
+    missing = sorted(set(dict(model.named_parameters())) - set(loaded))
+    if missing:
+        raise RuntimeError(f"weight sync left {len(missing)} engine weights as they were, first {missing[:3]}")
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+@contextlib.contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Undo what importing and building vLLM does to the training process.
+
+    It makes torch.set_num_threads a no-op, seeds the global generators with 0 and sets some fifteen environment
+    variables, LOCAL_WORLD_SIZE=1 and LD_PRELOAD among them. VLLM_* variables stay, nothing else reads them.
+    """
+    environment = dict(os.environ)
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine shares the process: no copies over pipes
+    os.environ.update(ours)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for name in set(os.environ) - set(environment):
+            if not name.startswith("VLLM_") or name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+                del os.environ[name]
+        os.environ.update(environment)
