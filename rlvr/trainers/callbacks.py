@@ -76,8 +76,12 @@ class RunCallback(TrainerCallback):
         self._rows = []
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish("finished" if state.global_step >= state.max_steps else "interrupted")
+
+    def finish(self, status: str) -> None:
+        """Say in the run's records how it ended."""
         if self._recorder is not None:
-            self._recorder.finish("finished" if state.global_step >= state.max_steps else "interrupted")
+            self._recorder.finish(status)
 
     def _times(self) -> dict[str, float]:
         """Seconds of the step by phase; the optimizer's own step is part of the update."""

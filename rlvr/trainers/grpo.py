@@ -259,7 +259,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = resolve_checkpoint(str(self.args.output_dir), requested)
         self.open_run(checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except BaseException as error:
+            self.run_callback.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
 
     def open_run(self, checkpoint: str | None = None) -> None:
         """Start the run's records; `train` does it, an evaluation before training may ask for it earlier."""
