@@ -7,6 +7,7 @@ Every field of TaskConfig, GRPOConfig and TRL's ModelConfig is a key of the YAML
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(task_config, args, model_config)
 
 
-def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) -> GRPOTrainer:
+def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) -> None:
     """Check, load, measure, train, measure again, save, report."""
     output_dir = str(args.output_dir)
     checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -46,17 +47,17 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
         peft_config=get_peft_config(model_config),
         task_description=task.describe,
     )
-    trainer.open_run(checkpoint)
-    if task.heldout is not None and checkpoint is None:
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if task.heldout is not None:
-        trainer.evaluate()
-    trainer.save_model(f"{output_dir}/model")
-    if trainer.is_world_process_zero():
-        print(format_summary(summarize(output_dir)))
-        print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")
-    return trainer
+    with closing(trainer):
+        trainer.open_run(checkpoint)
+        if task.heldout is not None and checkpoint is None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if task.heldout is not None:
+            trainer.evaluate()
+        trainer.save_model(f"{output_dir}/model")
+        if trainer.is_world_process_zero():
+            print(format_summary(summarize(output_dir)))
+            print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")
 
 
 def model_arguments(args: GRPOConfig, model_config: ModelConfig) -> dict[str, object]:

@@ -21,19 +21,21 @@ def group_relative(
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
+    # float64: in float32 the rounding of a group's mean, over a std that is rounding too, would be an advantage.
+    dtype, rewards = rewards.dtype, rewards.double()
     index, count, total = _by_group(rewards, group)
     scored = ~rewards.isnan()
     size = torch.bincount(index, minlength=count.numel())
     mean = torch.where(size > 1, total / count.clamp(min=1), 0.0)
     centered = torch.where(scored, rewards - mean[index], 0.0)
     if scale == "none":
-        return centered
+        return centered.to(dtype)
     if scale == "batch":
         spread = rewards[scored].std(correction=ddof) if int(scored.sum()) > ddof else rewards.new_zeros(())
-        return centered / (spread + eps)
+        return (centered / (spread + eps)).to(dtype)
     squares = torch.zeros_like(total).index_add_(0, index, centered**2)
     std = torch.where(size > 1, (squares / (count - ddof).clamp(min=1)).sqrt(), 1.0)
-    return centered / (std[index] + eps)
+    return (centered / (std[index] + eps)).to(dtype)
 
 
 def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:

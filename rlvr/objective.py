@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlvr.surrogates import Surrogate
+from rlvr.surrogates import Surrogate, log_ratio
 from rlvr.types import Coefficients, Tokens
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "dr_grpo", "token_budget"]
@@ -47,7 +47,7 @@ def policy_loss(
     if c.weight is not None:
         loss = loss * c.weight
     if c.drift is not None:
-        loss = loss + c.drift * (tokens.logps - tokens.old_logps).abs()
+        loss = loss + c.drift * log_ratio(tokens).abs()
     if c.entropy is not None:
         loss = loss - c.entropy * _required(tokens.entropy, "entropy")
     if c.reference is not None and kl is not None:
@@ -79,6 +79,7 @@ def aggregate(
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(AGGREGATIONS)}")
+    token_loss = token_loss.to(torch.promote_types(token_loss.dtype, torch.float32))  # bfloat16 counts to 256
     lengths = token_loss.new_zeros(tokens.num_sequences).index_add(0, tokens.sequence, torch.ones_like(token_loss))
     if denominator is None:
         if mode in ("dr_grpo", "token_budget"):

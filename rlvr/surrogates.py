@@ -16,6 +16,12 @@ from rlvr.types import Tokens
 LOG_RATIO_LIMIT = 20.0
 
 
+def log_ratio(tokens: Tokens) -> Tensor:
+    """log pi - log pi_old [N], at least float32: half precision holds neither a ratio nor the length of a sequence."""
+    dtype = torch.promote_types(tokens.logps.dtype, torch.float32)
+    return tokens.logps.to(dtype) - tokens.old_logps.to(dtype)
+
+
 class Clipped(NamedTuple):
     """Tokens whose ratio has left the trust region on the side that its advantage pushes to; bool [N], detached."""
 
@@ -45,7 +51,7 @@ class _TokenRatio:
 
     def ratio(self, tokens: Tokens) -> Tensor:
         """pi / pi_old [N]; the log-ratio is clamped to +-20 before exp."""
-        return torch.exp((tokens.logps - tokens.old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+        return torch.exp(log_ratio(tokens).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
 def _positive(name: str, value: float) -> None:
@@ -143,10 +149,10 @@ class Gspo:
 
     def ratio(self, tokens: Tokens) -> Tensor:
         """s of each token's sequence [N]."""
-        log_ratio = tokens.logps - tokens.old_logps
-        zeros = log_ratio.new_zeros(tokens.num_sequences)
-        total = zeros.index_add(0, tokens.sequence, log_ratio)
-        length = zeros.index_add(0, tokens.sequence, torch.ones_like(log_ratio))
+        x = log_ratio(tokens)
+        zeros = x.new_zeros(tokens.num_sequences)
+        total = zeros.index_add(0, tokens.sequence, x)
+        length = zeros.index_add(0, tokens.sequence, torch.ones_like(x))
         mean = total / length.clamp(min=1)
         return torch.exp(mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))[tokens.sequence]
 

@@ -99,7 +99,7 @@ class Tokens:
             return x.expand_as(mask)[mask]
 
         values = {name: flat(x) for name, x in padded.items() if x is not None}
-        return cls(sequence=flat(rows), num_sequences=mask.size(0), **values)  # type: ignore[arg-type]
+        return cls(sequence=flat(rows), num_sequences=mask.size(0), **values)
 
     def select(self, keep: Tensor) -> "Tokens":
         """The tokens where keep [N] is true; rows keep their numbers."""

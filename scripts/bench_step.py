@@ -94,7 +94,10 @@ def main() -> None:
     for turn in range(options.rounds):
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             seconds[side] += run(side, options)
-            print(f"round {turn + 1} {side}: {', '.join(f'{s:.2f}' for s in seconds[side][-options.steps :])} s", flush=True)
+            print(
+                f"round {turn + 1} {side}: {', '.join(f'{s:.2f}' for s in seconds[side][-options.steps :])} s",
+                flush=True,
+            )
     stock = median(seconds["stock TRL"])
     print(f"\n{'side':<18} {'median s per rollout and 2 steps':>34} {'against stock':>14}")
     for side in sides:

@@ -107,7 +107,7 @@ def test_group_relative_of_equal_rewards_is_zero_in_float32() -> None:
     for reward in (0.1, 0.7, 1000.1):
         for size in (3, 7, 13):
             rewards = torch.full((size,), reward)
-            assert group_relative(rewards, torch.zeros(size, dtype=torch.int64)).abs().max() < 1e-2
+            assert group_relative(rewards, torch.zeros(size, dtype=torch.int64)).abs().max() < 1e-6
 
 
 def test_group_relative_refuses_what_it_cannot_mean() -> None:

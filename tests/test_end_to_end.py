@@ -49,7 +49,13 @@ def config(model: Path, out: Path, **changes: Any) -> dict[str, Any]:
 def start(settings: dict[str, Any], folder: Path, *flags: str) -> "subprocess.Popen[str]":
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, os.environ.get("RLVR_RUNNER", str(ROOT / "recipes" / "grpo.py")), "--config", str(path), *flags]
+    command = [
+        sys.executable,
+        os.environ.get("RLVR_RUNNER", str(ROOT / "recipes" / "grpo.py")),
+        "--config",
+        str(path),
+        *flags,
+    ]
     log = open(folder / "log.txt", "a")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     return subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment)
@@ -72,7 +78,10 @@ def test_recipe_trains_records_and_saves(tiny_model_dir: Path, tmp_path: Path) -
         assert metrics["policy/tokens"] > 0 and metrics["time/update"] > 0
         # 8 completions of at most 6 tokens: a tenth of the tokens, at least one
         assert 1 / 48 <= metrics["kl_cov/selected"] <= 0.1
-    assert [step["metrics"]["policy/drift"] > 0 for step in steps] == [False, True] * 4  # 0 on a rollout's first update
+    assert [step["metrics"]["policy/drift"] > 0 for step in steps] == [
+        False,
+        True,
+    ] * 4  # 0 on a rollout's first update
     assert {"heldout/reward", "heldout/reward_ci95"} <= read_evals(out)[0]["metrics"].keys()
     assert [record["step"] for record in read_evals(out)] == [0, 8]
     assert read_run(out)["status"] == "finished"
@@ -84,7 +93,10 @@ def test_recipe_trains_records_and_saves(tiny_model_dir: Path, tmp_path: Path) -
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out / "model"),
+        AutoTokenizer.from_pretrained(out / "model"),
+    )
     text = tokenizer.decode(model.generate(**tokenizer("1 + 1 =", return_tensors="pt"), max_new_tokens=4)[0])
     assert text.startswith("1 + 1 =")
 

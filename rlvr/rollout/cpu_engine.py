@@ -133,9 +133,7 @@ class CpuEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached keys and values of the old weights: a request is still running")
 
-    def generate(
-        self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None
-    ) -> Rollouts:
+    def generate(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None) -> Rollouts:
         """Sample one completion per prompt; prompts come repeated num_generations times (not used otherwise).
 
         Returns: (None, B lists of token ids, B lists of one-element lists with the log-prob of each token, None). The
@@ -170,13 +168,17 @@ class CpuEngine:
         llm, self.llm = getattr(self, "llm", None), None
         if llm is None:
             return
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        if self._owns_process_group:  # else it is the trainer's, and vLLM's clean-up would destroy it
-            from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+        from vllm.distributed.parallel_state import destroy_model_parallel
+        from vllm.v1.engine import core
 
-            destroy_model_parallel()
-            destroy_distributed_environment()
+        clean_up = core.cleanup_dist_env_and_memory
+        if not self._owns_process_group:  # the trainer's group: vLLM would destroy it with its own
+            core.cleanup_dist_env_and_memory = destroy_model_parallel
+        try:
+            llm.llm_engine.engine_core.shutdown()
+        finally:
+            core.cleanup_dist_env_and_memory = clean_up
+        del llm
         gc.collect()
 
     def __enter__(self) -> "CpuEngine":

@@ -30,10 +30,12 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         raise ConfigError(f"peft_type={model.active_peft_config.peft_type} has no merged weights; use LoRA")
     _require_one_embedding(model)
     seen: set[int] = set()
-    for name, parameter in _merged_tree(model, ""):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name.removeprefix(_PEFT_PREFIX), parameter
+    for name, tensor in _merged_tree(model, ""):
+        if isinstance(tensor, nn.Parameter):  # a merged copy may be freed, and its id be used again
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+        yield name.removeprefix(_PEFT_PREFIX), tensor
 
 
 def _merged_tree(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -66,8 +68,8 @@ def _require_one_embedding(model: Any) -> None:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     if any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
         raise ConfigError(
-            "target_modules or modules_to_save names an embedding of a model with tied embeddings, so the merged weights "
-            "would not fit its checkpoint; leave embed_tokens and lm_head out"
+            "target_modules or modules_to_save names an embedding of a model with tied embeddings, so the merged "
+            "weights would not fit its checkpoint; leave embed_tokens and lm_head out"
         )
 
 
@@ -94,7 +96,7 @@ def _whole(parameters: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in parameters:
         if hasattr(parameter, "ds_id") and parameter.numel() != parameter.ds_numel:
             raise RuntimeError(
-                f"{name} is partitioned by ZeRO stage 3, so this rank does not hold it: use ZeRO stage 2, or gather it "
-                "before the weight sync (deepspeed.zero.GatheredParameters)"
+                f"{name} is partitioned by ZeRO stage 3, so this rank does not hold it: use ZeRO stage 2, or gather "
+                "it before the weight sync (deepspeed.zero.GatheredParameters)"
             )
         yield name, parameter

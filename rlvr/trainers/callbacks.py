@@ -1,5 +1,6 @@
 """What happens around the training loop: run records, token samples, the progress bar."""
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rlvr.types import Coefficients, Tokens
 if TYPE_CHECKING:
     from rlvr.trainers.grpo import GRPOTrainer
 
-PHASES = ("rollout", "sync_weights", "verify", "old_logps", "update")
+PHASES = ("rollout", "sync_weights", "verify", "old_logps")
 
 
 class RunCallback(TrainerCallback):
@@ -60,6 +61,7 @@ class RunCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.clock.take()
+        self._step_began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.close_step()
@@ -84,14 +86,16 @@ class RunCallback(TrainerCallback):
             self._recorder.finish(status)
 
     def _times(self) -> dict[str, float]:
-        """Seconds of the step by phase; the optimizer's own step is part of the update."""
+        """Seconds of the step by phase, and the rates that follow. What no phase claims is the optimizer: the update's."""
         seconds = self._trainer.clock.take()
+        whole = time.perf_counter() - self._step_began
         times = {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
-        times["time/step"] = sum(seconds.values())
+        times["time/update"] = whole - sum(times.values())
+        times["time/step"] = whole
         metrics = self._trainer.step_metrics
         if times["time/rollout"] > 0 and "rollout/tokens" in metrics:
             times["time/rollout_tokens_per_s"] = metrics["rollout/tokens"] / times["time/rollout"]
-        if times["time/update"] > 0 and "policy/tokens" in metrics:
+        if "policy/tokens" in metrics:
             times["time/update_tokens_per_s"] = metrics["policy/tokens"] / times["time/update"]
         return times
 

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 import trl
 
 from rlvr.controls import Control, build, build_controls
 from rlvr.errors import ConfigError
 from rlvr.objective import Aggregation
+from rlvr.rollout.cpu_engine import require_vllm
 from rlvr.surrogates import SURROGATES, Cispo, Gspo, PpoClip, Surrogate
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
@@ -67,6 +70,13 @@ class GRPOConfig(trl.GRPOConfig):
         default=16,
         metadata={"help": "Sequences of each rollout written with their tokens to the run directory; 0: none."},
     )
+    share_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute a prompt once for all its completions in a micro-batch. Pays when completions are short "
+            "beside their prompt; needs sdpa attention. Log-probs agree with the plain forward up to rounding."
+        },
+    )
     vllm_dtype: str | None = field(
         default=None,
         metadata={"help": "dtype of the in-process CPU engine: float32 or bfloat16. Default: the model's."},
@@ -75,8 +85,10 @@ class GRPOConfig(trl.GRPOConfig):
     def __post_init__(self) -> None:
         self._check_trl_fields()
         self._check_batches()
-        self.control_list: tuple[Control, ...] = build_controls([_parse("controls", c) for c in self.controls or []])
+        self.control_list: tuple[Control, ...] = build_controls(_parse_list("controls", self.controls))
         self.surrogate_fn: Surrogate = self._build_surrogate()
+        # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self._check_updates()
 
@@ -92,7 +104,7 @@ class GRPOConfig(trl.GRPOConfig):
     def _check_trl_fields(self) -> None:
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length={self.max_completion_length}: must be at least 1 token")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ConfigError(
                 f"temperature={self.temperature}: must be positive; entropy is that of softmax(z / temperature)"
             )
@@ -109,16 +121,31 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(
                 f"advantage_estimator={self.advantage_estimator!r}: must be group_relative or leave_one_out"
             )
+        if self.advantage_estimator == "leave_one_out" and self.scale_rewards == "batch":
+            raise ConfigError(
+                "scale_rewards=batch has no effect on advantage_estimator=leave_one_out: unset one of them"
+            )
         if self.record_sequences < 0:
             raise ConfigError(f"record_sequences={self.record_sequences}: must be >= 0")
+        if self.vllm_dtype not in (None, "float32", "bfloat16"):
+            raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
+        if self.use_vllm:
+            require_vllm()
         if self.mismatch_tolerance is not None and not self.mismatch_tolerance > 0:
             raise ConfigError(f"mismatch_tolerance={self.mismatch_tolerance}: must be positive, in nats")
 
     def _check_batches(self) -> None:
         """TRL's divisibility rules, said with the nearest valid values. Processes are counted as launchers announce them."""
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_iterations",
+            "generation_batch_size",
+            "steps_per_generation",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.num_generations is None or self.num_generations < 2:
             raise ConfigError(
                 f"num_generations={self.num_generations}: a group needs at least 2 completions per prompt"
@@ -148,12 +175,11 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _check_updates(self) -> None:
         """After TRL has resolved the batch sizes."""
-        updates = self.updates_per_rollout
-        if updates != int(updates) and 1 / updates != int(1 / updates):
+        updates, micro_batches = self.updates_per_rollout, self.num_iterations * self.steps_per_generation
+        if micro_batches % self.gradient_accumulation_steps and self.gradient_accumulation_steps % micro_batches:
             raise ConfigError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} and micro-batches per rollout "
-                f"{self.num_iterations * self.steps_per_generation} (steps_per_generation * num_iterations): "
-                "one must divide the other"
+                f"{micro_batches} (steps_per_generation * num_iterations): one must divide the other"
             )
         for control in self.control_list:
             if control.off_policy_only and updates <= 1:
@@ -192,10 +218,18 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _surrogate_of_trl(self) -> Surrogate:
         low, high = self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+        sequence_level = self.importance_sampling_level == "sequence"
+        if self.delta is not None and (sequence_level or self.loss_type == "cispo"):
+            name = "loss_type=cispo" if self.loss_type == "cispo" else "importance_sampling_level=sequence"
+            raise ConfigError(f"delta={self.delta} does nothing with {name}, which has no dual clip: unset it")
+        if sequence_level and self.loss_type == "cispo":
+            raise ConfigError("importance_sampling_level=sequence and loss_type=cispo name two surrogates: unset one")
         try:
             if self.loss_type == "cispo":
+                if self.epsilon_high is None:
+                    raise ConfigError("epsilon_high=None: with loss_type=cispo it caps the ratio itself, e.g. 5")
                 return Cispo(ratio_high=high)
-            if self.importance_sampling_level == "sequence":
+            if sequence_level:
                 return Gspo(low=low, high=high)
             if self.importance_sampling_level != "token":
                 raise ValueError("importance_sampling_level must be token or sequence")
@@ -218,6 +252,12 @@ def _parse(field_name: str, spec: Any) -> Any:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{field_name}={spec!r} is not valid JSON: {error}") from error
     return spec
+
+
+def _parse_list(field_name: str, specs: Any) -> list[Any]:
+    """A list of names and mappings; one alone, as YAML and JSON easily give it, is a list of one."""
+    alone = isinstance(specs, str | Mapping)
+    return [_parse(field_name, spec) for spec in ([specs] if alone else specs or [])]
 
 
 def _default(name: str) -> Any:

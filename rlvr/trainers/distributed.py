@@ -23,6 +23,8 @@ class AcceleratorReduce:
         if self._accelerator.num_processes == 1:
             return x
         lengths = self._accelerator.gather(torch.tensor([x.size(0)], device=x.device))
+        if not int(lengths.max()):
+            return x
         padded = x.new_zeros((int(lengths.max()), *x.shape[1:]))
         padded[: x.size(0)] = x
         parts = self._accelerator.gather(padded).split(padded.size(0))

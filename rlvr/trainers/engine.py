@@ -1,6 +1,6 @@
 """Gives TRL's trainer the in-process CPU engine; on CUDA, TRL's own colocate and server modes are used unchanged."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -53,9 +53,11 @@ def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "colocate", -1
 
 
-def engine_dtype(trainer: "GRPOTrainer") -> str:
+def engine_dtype(trainer: "GRPOTrainer") -> Literal["float32", "bfloat16"]:
     """The engine's dtype: what was asked for, else what the trainer's forward computes in."""
-    return trainer.args.vllm_dtype or ("bfloat16" if _computes_in_bf16(trainer) else "float32")
+    asked = trainer.args.vllm_dtype
+    coarse = _computes_in_bf16(trainer) if asked is None else asked == "bfloat16"
+    return "bfloat16" if coarse else "float32"
 
 
 def engine_tolerance(trainer: "GRPOTrainer") -> float:

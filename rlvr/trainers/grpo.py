@@ -13,6 +13,7 @@ from rlvr.advantages import leave_one_out
 from rlvr.controls import apply
 from rlvr.errors import ConfigError
 from rlvr.objective import policy_loss
+from rlvr.rollout.cpu_engine import CpuEngine
 from rlvr.rollout.parity import check_parity, measure_mismatch
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.callbacks import RunCallback, use_own_progress_bar
@@ -24,6 +25,7 @@ from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_
 from rlvr.trainers.heldout import heldout_reward
 from rlvr.trainers.instruments import StepMeter, step_means
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint
+from rlvr.trainers.shared_prompts import require_full_attention, token_statistics
 from rlvr.types import Coefficients, LocalReduce, Tokens
 
 
@@ -56,11 +58,17 @@ class GRPOTrainer(trl.GRPOTrainer):
         own_engine = needs_cpu_engine(args)
         with _without_trl_engine(args, own_engine):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **trl_arguments)
+        if args.share_prompts:
+            require_full_attention(self.accelerator.unwrap_model(self.model))
+            if self.aux_loss_enabled:
+                raise ConfigError(
+                    "share_prompts=True cannot weigh the router's auxiliary loss: set share_prompts: false"
+                )
         self.task_description = task_description
         self.clock = PhaseClock()
         self.meter = StepMeter(self.accelerator)
         self._reduce = AcceleratorReduce(self.accelerator)
-        self._rollout_step = -1
+        self._rollout_step = self._rollout_number = -1
         self._parity_checked = False
         self._rewards: Tensor | None = None
         self._grad_norm = float("nan")
@@ -92,6 +100,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         with self.clock.phase("old_logps"):  # what remains when generation and rewards are taken out
             batch = super()._generate_and_score_completions(inputs)
             self._rollout_step = self.state.global_step
+            self._rollout_number = self._step // (self.args.steps_per_generation * self.num_iterations)
             self.run_callback.start_rollout()
             self.meter.start_rollout(self._rollout_step, bridge.rollout_metrics(self._metrics["train"]))
             bridge.number_sequences(batch, self.accelerator.process_index)
@@ -131,6 +140,28 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     # ---------------------------------------------------------------------------------------------- loss
 
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's forward, or the one that computes a prompt once for all its completions."""
+        if not self.args.share_prompts:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **options
+            )
+        parts = []
+        for rows in range(0, input_ids.size(0), batch_size or input_ids.size(0)):
+            part = slice(rows, rows + (batch_size or input_ids.size(0)))
+            with self.accelerator.autocast():
+                parts.append(token_statistics(model, input_ids[part], attention_mask[part], logits_to_keep))
+        entropy = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
+        return torch.cat([part[0] for part in parts]), entropy, None
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         arguments = bridge.forward_arguments(inputs)
         logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
@@ -165,7 +196,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return loss
 
     def _tokens(self, batch: Mapping[str, Any], logps: Tensor, old: Tensor, entropy: Tensor | None) -> Tokens:
-        return bridge.tokens_of(batch, logps, old, entropy, seed=self.args.seed, step=self._rollout_step)
+        return bridge.tokens_of(batch, logps, old, entropy, seed=self.args.seed, step=self._rollout_number)
 
     def _old_logps(self, inputs: Mapping[str, Any], logps: Tensor) -> Tensor:
         """Log-probs of the policy that made the rollout (B, T).
@@ -206,10 +237,6 @@ class GRPOTrainer(trl.GRPOTrainer):
         check_parity(mismatch, engine_tolerance(self), self.state.global_step)
         self._parity_checked = True
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.clock.phase("update"):
-            return super().training_step(*args, **kwargs)
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         grad_norm = super()._get_grad_norm(*args, **kwargs)
         self._grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
@@ -239,6 +266,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         prompts = [row["prompt"] for row in inputs]
         _, ids, _, completions, *_ = self._generate(prompts)
         self._calculate_rewards(inputs, prompts, completions, ids)
+        assert self._rewards is not None
         self._heldout.append(self._rewards)
         return torch.zeros((), device=self.accelerator.device), None, None
 
@@ -269,6 +297,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Start the run's records; `train` does it, an evaluation before training may ask for it earlier."""
         check_run_dir(str(self.args.output_dir), resume=checkpoint is not None or self.run_callback.is_open)
         self.run_callback.open(None if checkpoint is None else checkpoint_step(checkpoint))
+
+    def close(self) -> None:
+        """Free the in-process engine; the trainer cannot sample afterwards."""
+        if isinstance(getattr(self, "vllm_generation", None), CpuEngine):
+            self.vllm_generation.close()
 
 
 def _check_data(args: GRPOConfig, train_dataset: Dataset) -> None:

@@ -17,6 +17,10 @@ from rlvr.types import Coefficients, Mean, Metrics, Tokens
 @torch.no_grad()
 def step_means(tokens: Tokens, ratio: Tensor, clipped: Clipped, coefficients: Coefficients) -> dict[str, Mean]:
     """Means over the tokens of one micro-batch; keys are those of `rlvr.monitor.metrics.METRICS`."""
+    keep = coefficients.keep
+    if keep is not None:  # what a control took out of the loss is no trained token
+        tokens, ratio, coefficients = tokens.select(keep), ratio[keep], coefficients.select(keep)
+        clipped = Clipped(clipped.low[keep], clipped.high[keep])
     log_ratio = tokens.logps - tokens.old_logps
     means = {
         "policy/ratio": Mean.of(ratio),
