@@ -13,8 +13,8 @@ def group_relative(
 ) -> Tensor:
     """(R - mean of its group) / (std + eps), the GRPO advantage; `scale="none"` is Dr.GRPO's.
 
-    rewards [R], NaN where a response could not be scored: it gets advantage 0 and enters no statistic.   group [R], any
-    integers; responses of one prompt share a number.   scale: std of the group, of the whole batch, or none.
+    rewards [R], NaN where a response could not be scored: it gets advantage 0 and enters no statistic.   group [R],
+    any integers; responses of one prompt share a number.   scale: std of the group, of the whole batch, or none.
     ddof: 1 is the unbiased std of verl and torch. A group of one has mean 0 and std 1.
     Returns [R]. Raises ValueError on an unknown scale or mismatched shapes.
     Ref: Shao et al. 2024, arXiv 2402.03300, Eq. 2; Dr.GRPO: Liu et al. 2025, arXiv 2503.20783.

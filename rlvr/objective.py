@@ -70,8 +70,8 @@ def aggregate(
 ) -> Tensor:
     """One scalar from the losses of the tokens [N]: a sum over what is here, divided by the whole batch's denominator.
 
-    token_mean: sum / tokens.   seq_mean_token_mean: sum of each sequence's mean / sequences.   seq_mean_token_sum: sum /
-    sequences.   dr_grpo: sum / (sequences * maximum length).   token_budget: sum / budget.
+    token_mean: sum / tokens.   seq_mean_token_mean: sum of each sequence's mean / sequences.   seq_mean_token_sum:
+    sum / sequences.   dr_grpo: sum / (sequences * maximum length).   token_budget: sum / budget.
     denominator: tokens, non-empty sequences, sequences * maximum length, or the budget, of the *whole* batch, so that
     the losses of micro-batches and ranks add up; None takes the tokens at hand for the whole (first three modes).
     Fully masked sequences are no part of a sequence mean. Raises: ValueError if the mode is unknown, or has no

@@ -1,7 +1,7 @@
 """Policy-gradient surrogates: one loss per token, [N] in and [N] out, minimized. Aggregation is elsewhere.
 
-Each is a frozen dataclass of its hyper-parameters and has the methods of `Surrogate`. The importance ratio is an argument,
-so that it is computed once for everything that uses it.
+Each is a frozen dataclass of its hyper-parameters and has the methods of `Surrogate`. The importance ratio is an
+argument, so that it is computed once for everything that uses it.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,8 @@ def _positive(name: str, value: float) -> None:
 class PpoClip(_TokenRatio):
     """max(-A r, -A clip(r, 1 - low, 1 + high)); low < high is clip-higher (DAPO).
 
-    low, high: the trust region.   dual_clip: c > 1 + high bounds the loss of a negative advantage by -A c (TRL's `delta`).
+    low, high: the trust region.   dual_clip: c > 1 + high bounds the loss of a negative advantage by -A c (TRL's
+    `delta`).
     Raises: ValueError if low or high is negative, or dual_clip is not above 1 + high.
     Ref: Schulman et al. 2017, arXiv 1707.06347, Eq. 7; DAPO: Yu et al. 2025, arXiv 2503.14476, Eq. 8; dual clip:
     Ye et al. 2020, arXiv 1912.09729, Eq. 5.
@@ -135,7 +136,8 @@ class Cispo(_TokenRatio):
 class Gspo:
     """PPO clip of the sequence's geometric-mean ratio s = exp(mean_t log r_t), the same for all its tokens.
 
-    low, high: the trust region of s.   Meant for sequence-mean aggregation, in which each token's gradient is s A / |y|.
+    low, high: the trust region of s.   Meant for sequence-mean aggregation, in which each token's gradient is s A /
+    |y|.
     Raises: ValueError if low or high is negative.
     Ref: Zheng et al. 2025, arXiv 2507.18071, Eq. 5-7.
     """

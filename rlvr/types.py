@@ -1,7 +1,7 @@
 """The shape legend of the project, and the values that travel between its stages.
 
-B sequences, T response positions, N valid tokens, V vocabulary, D hidden. Everything in the core is flat: [N] tensors of
-valid tokens, so that there is no padding to forget and no mask to apply twice.
+B sequences, T response positions, N valid tokens, V vocabulary, D hidden. Everything in the core is flat: [N]
+tensors of valid tokens, so that there is no padding to forget and no mask to apply twice.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,8 @@ class Tokens:
     """Valid tokens only. Every tensor is [N]; optional ones are None when nobody asked for them.
 
     logps: current policy, with gradient.   old_logps: policy at the start of the update, recomputed by the trainer.
-    rollout_logps: as the engine reported them.   ref_logps: reference policy.   entropy: nats, of softmax(z / temperature).
+    rollout_logps: as the engine reported them.   ref_logps: reference policy.   entropy: nats, of softmax(z /
+    temperature).
     mean_discriminator: E_S = sum_v p_v^2 (H + log p_v).   sequence: row of the batch in [0, num_sequences), int64.
     key: int64 >= 0, a random number that belongs to the token (see `token_keys`), never to its place in a batch.
     """
@@ -90,7 +91,9 @@ class Tokens:
 
     @classmethod
     def from_padded(cls, mask: Tensor, **padded: Tensor | None) -> "Tokens":
-        """Flatten (B, T) tensors to the tokens where mask is true; a (B,) or (B, 1) advantage is spread over its row."""
+        """Flatten (B, T) tensors to the tokens where mask is true; a (B,) or (B, 1) advantage is spread over
+        its row.
+        """
         mask = mask.bool()
         rows = torch.arange(mask.size(0), device=mask.device)
 
@@ -112,7 +115,8 @@ class Tokens:
 class Coefficients:
     """What a control decides per token: None is neutral, everything else is [N] and detached.
 
-    weight: >= 0, multiplies the surrogate; the denominator stays.   keep: False takes the token out of the loss and of its
+    weight: >= 0, multiplies the surrogate; the denominator stays.   keep: False takes the token out of the loss and
+    of its
     denominator.   advantage: added to the advantage before the surrogate.   drift: scales |log pi - log pi_old|.
     entropy: scales the entropy bonus.   reference: scales the KL to the reference policy.
     """

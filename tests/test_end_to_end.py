@@ -1,4 +1,6 @@
-"""The recipe as a user runs it: one command, a run directory, a checkpoint; killed and resumed; refused before work."""
+"""The recipe as a user runs it: one command, a run directory, a checkpoint; killed and resumed; refused before
+work.
+"""
 
 import json
 import os
@@ -51,12 +53,12 @@ def start(settings: dict[str, Any], folder: Path, *flags: str) -> "subprocess.Po
     path.write_text(yaml.safe_dump(settings))
     command = [
         sys.executable,
-        os.environ.get("RLVR_RUNNER", str(ROOT / "recipes" / "grpo.py")),
+        str(ROOT / "recipes" / "grpo.py"),
         "--config",
         str(path),
         *flags,
     ]
-    log = open(folder / "log.txt", "a")
+    log = open(folder / "log.txt", "a")  # noqa: SIM115  the process owns it
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     return subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment)
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,7 @@ def test_engine_of_each_rank_keeps_the_process_group(tiny_model_dir: Path, tmp_p
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, __file__, str(tmp_path), "ranks", str(tiny_model_dir)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr[-3000:]
@@ -399,7 +400,7 @@ def _measure(path: Path) -> dict:
 
 
 def _measure_rank(path: Path) -> tuple[int, dict]:
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=100))
     rank = torch.distributed.get_rank()
     probe = Probe(path)
     probe.perturb(rank)

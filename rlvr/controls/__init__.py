@@ -49,7 +49,9 @@ def _check_kind(said: str, value: Any, default: Any) -> None:
 
 
 def build_controls(specs: Sequence[str | Mapping[str, Any]]) -> tuple[Control, ...]:
-    """The controls of a run, in order. Raises ConfigError on an unknown name or option, a bad value or a repetition."""
+    """The controls of a run, in order. Raises ConfigError on an unknown name or option, a bad value or a
+    repetition.
+    """
     controls = tuple(build("controls", CONTROLS, spec) for spec in specs)
     names = [control.name for control in controls]
     for name in names:

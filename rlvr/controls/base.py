@@ -26,8 +26,8 @@ class Control(Protocol):
     """One entropy-control method.
 
     scope: "rollout" runs once on the whole rollout batch, over all ranks, with the statistics of the policy that made
-    it, so the result does not depend on micro-batches or ranks; "micro_batch" runs on each micro-batch of one rank with
-    the current policy, as published code does.
+    it, so the result does not depend on micro-batches or ranks; "micro_batch" runs on each micro-batch of one rank
+    with the current policy, as published code does.
     """
 
     name: ClassVar[str]

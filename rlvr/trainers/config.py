@@ -1,9 +1,11 @@
-"""What a run is, checked before any model is loaded: `GRPOConfig` extends TRL's and owns its own fields' validation."""
+"""What a run is, checked before any model is loaded: `GRPOConfig` extends TRL's and owns its own fields'
+validation.
+"""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -39,8 +41,8 @@ SURROGATE_FIELDS = ("epsilon", "epsilon_high", "delta", "importance_sampling_lev
 class GRPOConfig(trl.GRPOConfig):
     """TRL's GRPOConfig plus the entropy controls. Every field is a key of a recipe's YAML and a command-line flag.
 
-    Raises: ConfigError (a ValueError), one line naming field, value and fix, for anything that can be seen before a model
-    is loaded.
+    Raises: ConfigError (a ValueError), one line naming field, value and fix, for anything that can be seen before a
+    model is loaded.
     """
 
     controls: list[str] | None = field(
@@ -52,8 +54,8 @@ class GRPOConfig(trl.GRPOConfig):
     surrogate: str | None = field(
         default=None,
         metadata={
-            "help": "ppo_clip, unclipped, cispo or gspo, or a mapping with options such as {name: ppo_clip, high: 0.28}. "
-            "Default: what the control's paper uses, else the PPO clip of epsilon, epsilon_high and delta (dual clip)."
+            "help": "ppo_clip, unclipped, cispo or gspo, or a mapping such as {name: ppo_clip, high: 0.28}. Default: "
+            "what the control's paper uses, else the PPO clip of epsilon, epsilon_high and delta (dual clip)."
         },
     )
     advantage_estimator: str = field(
@@ -62,8 +64,8 @@ class GRPOConfig(trl.GRPOConfig):
     mismatch_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Stop when engine and trainer log-probs differ by more than this, in nats, mean over a step's tokens. "
-            "Default: by the dtypes of the two."
+            "help": "Stop when engine and trainer log-probs differ by more than this, in nats, mean over a step's "
+            "tokens. Default: by the dtypes of the two."
         },
     )
     record_sequences: int = field(
@@ -88,7 +90,7 @@ class GRPOConfig(trl.GRPOConfig):
         self.control_list: tuple[Control, ...] = build_controls(_parse_list("controls", self.controls))
         self.surrogate_fn: Surrogate = self._build_surrogate()
         # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self._check_updates()
 
@@ -100,6 +102,17 @@ class GRPOConfig(trl.GRPOConfig):
     def updates_per_rollout(self) -> float:
         """Optimizer steps taken on one batch of rollouts; below 1 when several rollouts make one step."""
         return self.num_iterations * self.steps_per_generation / self.gradient_accumulation_steps
+
+    def check_data(self, columns: Sequence[str], rows: int) -> None:
+        """Refuse training data with which TRL would train nothing. Raises: ConfigError."""
+        if "prompt" not in columns:
+            raise ConfigError(f"train_dataset has no column 'prompt'; it has {', '.join(columns)}")
+        prompts = self.generation_batch_size // self.num_generations
+        if rows < prompts:
+            raise ConfigError(
+                f"train_dataset has {rows} rows, a rollout takes {prompts} prompts: give more rows (train_size), or "
+                "lower per_device_train_batch_size or steps_per_generation"
+            )
 
     def _check_trl_fields(self) -> None:
         if self.max_completion_length is None or self.max_completion_length < 1:
@@ -135,7 +148,9 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(f"mismatch_tolerance={self.mismatch_tolerance}: must be positive, in nats")
 
     def _check_batches(self) -> None:
-        """TRL's divisibility rules, said with the nearest valid values. Processes are counted as launchers announce them."""
+        """TRL's divisibility rules, said with the nearest valid values. Processes are counted as launchers
+        announce them.
+        """
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -158,8 +173,8 @@ class GRPOConfig(trl.GRPOConfig):
             unit = math.lcm(one_forward, self.num_generations)
             if self.generation_batch_size % unit:
                 raise ConfigError(
-                    f"generation_batch_size={self.generation_batch_size} must be a multiple of {unit} (whole micro-batches of "
-                    f"{one_forward} on {processes} process(es) and whole groups of num_generations="
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of {unit} (whole "
+                    f"micro-batches of {one_forward} on {processes} process(es) and whole groups of num_generations="
                     f"{self.num_generations}): nearest are {_nearest(self.generation_batch_size, unit)}"
                 )
             return
@@ -168,8 +183,8 @@ class GRPOConfig(trl.GRPOConfig):
         if total % self.num_generations:
             unit = self.num_generations // math.gcd(self.num_generations, processes * micro_batches)
             raise ConfigError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} gives {total} completions per rollout "
-                f"({processes} process(es), {micro_batches} micro-batches), not whole groups of num_generations="
+                f"per_device_train_batch_size={self.per_device_train_batch_size} gives {total} completions per "
+                f"rollout ({processes} process(es), {micro_batches} micro-batches), not whole groups of num_generations="
                 f"{self.num_generations}: nearest are {_nearest(self.per_device_train_batch_size, unit)}"
             )
 
@@ -184,8 +199,8 @@ class GRPOConfig(trl.GRPOConfig):
         for control in self.control_list:
             if control.off_policy_only and updates <= 1:
                 raise ConfigError(
-                    f"controls {control.name} does nothing with {updates:g} update(s) per rollout, since old and current "
-                    "policy are equal: set num_iterations >= 2 or steps_per_generation >= "
+                    f"controls {control.name} does nothing with {updates:g} update(s) per rollout, since old and "
+                    "current policy are equal: set num_iterations >= 2 or steps_per_generation >= "
                     f"{2 * self.gradient_accumulation_steps}"
                 )
 
@@ -199,8 +214,8 @@ class GRPOConfig(trl.GRPOConfig):
             for said in SURROGATE_FIELDS:
                 if getattr(self, said) != _default(said):
                     raise ConfigError(
-                        f"{said}={getattr(self, said)} and surrogate={name} say the same thing twice: put the bounds into "
-                        "the surrogate, e.g. surrogate: {name: ppo_clip, low: 0.2, high: 0.28}"
+                        f"{said}={getattr(self, said)} and surrogate={name} say the same thing twice: put the bounds "
+                        "into the surrogate, e.g. surrogate: {name: ppo_clip, low: 0.2, high: 0.28}"
                     )
             if self.loss_type == "cispo" and name != "cispo":
                 raise ConfigError(f"loss_type=cispo and surrogate={name} name two surrogates: use loss_type: dapo")

@@ -1,5 +1,7 @@
 """Gives TRL's trainer the in-process CPU engine; on CUDA, TRL's own colocate and server modes are used unchanged."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,6 +27,16 @@ def needs_cpu_engine(args: "GRPOConfig") -> bool:
             f"vllm_mode={args.vllm_mode!r} needs CUDA (its weight sync is NCCL): use vllm_mode: colocate"
         )
     return True
+
+
+@contextmanager
+def without_trl_engine(args: "GRPOConfig", own_engine: bool) -> Iterator[None]:
+    """TRL's constructor must not build its own engine where ours is attached afterwards."""
+    args.use_vllm = args.use_vllm and not own_engine
+    try:
+        yield
+    finally:
+        args.use_vllm = args.use_vllm or own_engine
 
 
 def attach_cpu_engine(trainer: "GRPOTrainer") -> None:

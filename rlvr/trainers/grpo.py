@@ -1,7 +1,8 @@
-"""GRPO on TRL's trainer: TRL generates, scores and steps; the objective, its controls and its measurements are ours."""
+"""GRPO on TRL's trainer: TRL generates, scores and steps; the objective, its controls and its measurements are
+ours.
+"""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from rlvr.advantages import leave_one_out
 from rlvr.controls import apply
 from rlvr.errors import ConfigError
+from rlvr.monitor.recorder import check_run_dir
 from rlvr.objective import policy_loss
 from rlvr.rollout.cpu_engine import CpuEngine
 from rlvr.rollout.parity import check_parity, measure_mismatch
@@ -20,8 +22,7 @@ from rlvr.trainers.callbacks import RunCallback, use_own_progress_bar
 from rlvr.trainers.clock import PhaseClock
 from rlvr.trainers.config import GRPOConfig
 from rlvr.trainers.distributed import AcceleratorReduce
-from rlvr.monitor.recorder import check_run_dir
-from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine
+from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
 from rlvr.trainers.heldout import heldout_reward
 from rlvr.trainers.instruments import StepMeter, step_means
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint
@@ -54,9 +55,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     ) -> None:
         if not isinstance(args, GRPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}: pass a rlvr.GRPOConfig")
-        _check_data(args, train_dataset)
+        args.check_data(train_dataset.column_names, len(train_dataset))
         own_engine = needs_cpu_engine(args)
-        with _without_trl_engine(args, own_engine):
+        with without_trl_engine(args, own_engine):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **trl_arguments)
         if args.share_prompts:
             require_full_attention(self.accelerator.unwrap_model(self.model))
@@ -154,13 +155,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options
             )
-        parts = []
-        for rows in range(0, input_ids.size(0), batch_size or input_ids.size(0)):
-            part = slice(rows, rows + (batch_size or input_ids.size(0)))
-            with self.accelerator.autocast():
-                parts.append(token_statistics(model, input_ids[part], attention_mask[part], logits_to_keep))
-        entropy = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
-        return torch.cat([part[0] for part in parts]), entropy, None
+        with self.accelerator.autocast():
+            logps, entropy = token_statistics(model, input_ids, attention_mask, logits_to_keep, batch_size)
+        return logps, entropy, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         arguments = bridge.forward_arguments(inputs)
@@ -213,7 +210,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _denominator(self, inputs: Mapping[str, Any]) -> tuple[Tensor | float | None, float]:
         """(what the sum over a micro-batch is divided by, what is divided by afterwards).
 
-        The counts span the rollout; they are scaled to one accumulation window as TRL does, and multiplied by the ranks
+        The counts span the rollout; they are scaled to one accumulation window as TRL does, and multiplied by the
+        ranks
         over which the gradients are averaged. The order of the divisions is TRL's, so that results are equal exactly.
         """
         ranks, per_rollout = self.accelerator.num_processes, self.args.steps_per_generation
@@ -243,7 +241,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         return grad_norm
 
     def close_step(self) -> None:
-        """Reduce the step's measurements, once; runs before the optimizer moves the weights, so an alarm prevents it."""
+        """Reduce the step's measurements, once; runs before the optimizer moves the weights, so an alarm
+        prevents it.
+        """
         step = self.meter.close()
         self.step_metrics = {
             **step.metrics,
@@ -302,25 +302,3 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Free the in-process engine; the trainer cannot sample afterwards."""
         if isinstance(getattr(self, "vllm_generation", None), CpuEngine):
             self.vllm_generation.close()
-
-
-def _check_data(args: GRPOConfig, train_dataset: Dataset) -> None:
-    """What TRL would answer with no training at all, or late."""
-    if "prompt" not in train_dataset.column_names:
-        raise ConfigError(f"train_dataset has no column 'prompt'; it has {', '.join(train_dataset.column_names)}")
-    prompts = args.generation_batch_size // args.num_generations
-    if len(train_dataset) < prompts:
-        raise ConfigError(
-            f"train_dataset has {len(train_dataset)} rows, a rollout takes {prompts} prompts: give more rows, or lower "
-            "per_device_train_batch_size or steps_per_generation, or raise num_generations"
-        )
-
-
-@contextmanager
-def _without_trl_engine(args: GRPOConfig, own_engine: bool) -> Iterator[None]:
-    """TRL's constructor must not build its own engine where ours is attached afterwards."""
-    args.use_vllm = args.use_vllm and not own_engine
-    try:
-        yield
-    finally:
-        args.use_vllm = args.use_vllm or own_engine

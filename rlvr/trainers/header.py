@@ -40,8 +40,8 @@ def _step(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
     return [
         (
             "rollout",
-            f"{completions // args.num_generations} prompts x {args.num_generations} = {completions} completions of at most "
-            f"{args.max_completion_length} tokens, temperature {args.temperature:g}, by {engine}",
+            f"{completions // args.num_generations} prompts x {args.num_generations} = {completions} completions of "
+            f"at most {args.max_completion_length} tokens, temperature {args.temperature:g}, by {engine}",
         ),
         (
             "optimizer step",
@@ -51,7 +51,8 @@ def _step(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
         ("reuse", f"{reuse} ({args.num_iterations} pass(es) over each rollout)"),
         (
             "run",
-            f"{trainer.state.max_steps} optimizer steps, learning rate {args.learning_rate:g} {_name(args.lr_scheduler_type)}",
+            f"{trainer.state.max_steps} optimizer steps, learning rate {args.learning_rate:g} "
+            f"{_name(args.lr_scheduler_type)}",
         ),
     ]
 

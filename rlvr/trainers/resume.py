@@ -22,8 +22,8 @@ def resolve_checkpoint(output_dir: str, requested: str | bool | None) -> str | N
         newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if newest is None:
             raise ConfigError(
-                f"resume_from_checkpoint: output_dir={output_dir!r} holds no checkpoint; start without the flag, in an "
-                "empty directory, or give a checkpoint's path"
+                f"resume_from_checkpoint: output_dir={output_dir!r} holds no checkpoint; start without the flag, in "
+                "an empty directory, or give a checkpoint's path"
             )
         return newest
     if not (Path(str(requested)) / "trainer_state.json").is_file():

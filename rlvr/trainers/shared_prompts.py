@@ -1,7 +1,9 @@
 """Compute each prompt once for all of its completions.
 
-A group's completions repeat one prompt; with short answers that repetition is most of the training step. Here the prompt
-and its completions become one row: every completion starts with its own copy of the prompt's last token, attends to the
+A group's completions repeat one prompt; with short answers that repetition is most of the training step. Here the
+prompt
+and its completions become one row: every completion starts with its own copy of the prompt's last token, attends to
+the
 prompt and to itself, and counts positions from where the prompt ended. The result is the same function of the same
 weights, so log-probs agree up to rounding. Attention is quadratic in the row: this is for completions that are short
 beside their prompt, and off by default.
@@ -60,23 +62,33 @@ def pack(input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> Pack
     for member, number, offset in starts:
         place[member, : lengths[member]] = number * width + offset + torch.arange(lengths[member])
     table = torch.tensor([row + [(0, 0, -1, -100)] * (width - len(row)) for row in rows])
-    token, position, segment, label = table.unbind(dim=-1)
-    visible = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
+    segments = table[..., 2]
+    visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     device = input_ids.device
     return Packed(
-        input_ids=token.to(device),
-        position_ids=position.to(device),
-        labels=label.to(device),
+        input_ids=table[..., 0].to(device),
+        position_ids=table[..., 1].to(device),
+        labels=table[..., 3].to(device),
         attention_mask=(visible & causal)[:, None].to(device),
         place=place.to(device),
     )
 
 
 def token_statistics(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, num_completion: int
+    model: Any, input_ids: Tensor, attention_mask: Tensor, num_completion: int, batch_size: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-probs [B, T], entropy [B, T] or None) of the completions; 0 where the completion is padding."""
+    """(log-probs [B, T], entropy [B, T] or None) of the completions; 0 where the completion is padding.
+
+    model: with TRL's fused head.   batch_size: rows at a time, all by default.
+    """
+    size = batch_size or len(input_ids)
+    parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
+    logps, entropies = zip(*(_statistics(model, ids, mask, num_completion) for ids, mask in parts), strict=True)
+    return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
+
+
+def _statistics(model: Any, input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Any, Any]:
     packed = pack(input_ids, attention_mask, num_completion)
     outputs = model(
         input_ids=packed.input_ids,

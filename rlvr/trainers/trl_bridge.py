@@ -35,7 +35,8 @@ METRIC_NAMES = {
 VERIFIER_METRICS = ("reward/verifier_timeouts", "reward/verifier_errors")
 # TRL's metrics that ours replace, by a definition that does not depend on micro-batches or logging intervals.
 REPLACED_METRICS = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time")
-# Ours in TRL's batch, which it shuffles and splits with everything else: (B,), (B, T), or a scalar of the whole rollout.
+# Ours in TRL's batch, which it shuffles and splits with everything else: (B,), (B, T), or a scalar of the whole
+# rollout.
 SEQUENCE = "rlvr_sequence"
 REWARD = "rlvr_reward"
 NUM_TOKENS = "rlvr_num_tokens"
