@@ -184,7 +184,7 @@ class GRPOConfig(trl.GRPOConfig):
             unit = self.num_generations // math.gcd(self.num_generations, processes * micro_batches)
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} gives {total} completions per "
-                f"rollout ({processes} process(es), {micro_batches} micro-batches), not whole groups of num_generations="
+                f"rollout ({processes} process(es), {micro_batches} micro-batches), no whole groups of num_generations="
                 f"{self.num_generations}: nearest are {_nearest(self.per_device_train_batch_size, unit)}"
             )
 
