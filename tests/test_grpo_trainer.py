@@ -134,3 +134,37 @@ def test_too_few_rows_are_refused_before_the_model_is_touched(tmp_path: Path) ->
         rlvr.GRPOTrainer("no/such-model", parity_of_sum, args, Dataset.from_list([{"prompt": "x"}] * 3))
     with pytest.raises(ConfigError, match="no column 'prompt'; it has question"):
         rlvr.GRPOTrainer("no/such-model", parity_of_sum, args, Dataset.from_list([{"question": "x"}] * 8))
+
+
+def test_stop_ends_completions_and_counts_them_as_finished(tiny_model_dir: Path, tmp_path: Path) -> None:
+    args = rlvr.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=64,
+        max_steps=1,
+        stop="e",
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list([{"prompt": str(i)} for i in range(8)])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
+    seen: list[list[int]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    one = rlvr.GRPOTrainer(model, reward, args, rows, processing_class=tokenizer)
+    one.train()
+    stop, ends = tokenizer.encode("e")[0], {tokenizer.eos_token_id, tokenizer.encode("e")[0]}
+    assert any(ids[-1] == stop for ids in seen)
+    assert all(stop not in ids[:-1] for ids in seen)
+    assert one.step_metrics["rollout/truncated"] == sum(ids[-1] not in ends for ids in seen) / len(seen)
+    args.stop = "two tokens"
+    with pytest.raises(ConfigError, match="stop='two tokens' is 10 tokens"):
+        rlvr.GRPOTrainer(model, reward, args, rows, processing_class=tokenizer)

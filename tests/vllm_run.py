@@ -1,6 +1,6 @@
 """Run in a process of its own by test_vllm_training.py: trains on real vLLM rollouts, then lets the engine go stale.
 
-    python vllm_run.py MODEL_DIR OUT_DIR   ->  one JSON line
+python vllm_run.py MODEL_DIR OUT_DIR   ->  one JSON line
 """
 
 import json

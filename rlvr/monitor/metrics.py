@@ -60,7 +60,9 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated": Metric("fraction", "completions cut off at the length limit", "below 0.1"),
     # mismatch: sampler (engine) against trainer, same weights, over the rollout's tokens
     "mismatch/abs_logp_max": Metric("nats", "largest |trainer log-prob - engine log-prob|", "below 1 in bf16"),
-    "mismatch/abs_logp_mean": Metric("nats", "mean |trainer log-prob - engine log-prob|", "below 0.03 in bf16"),
+    "mismatch/abs_logp_mean": Metric(
+        "nats", "mean |trainer log-prob - engine log-prob|", "about 0.04 in bf16, 1e-5 in fp32"
+    ),
     "mismatch/correction": Metric("ratio", "mean importance weight that corrects for the engine", "near 1"),
     "mismatch/kl": Metric("nats", "KL from the sampler to the trainer, k3 estimate", "below 0.01"),
     "mismatch/ratio_max": Metric("ratio", "largest trainer over engine probability of a token", "below 10"),

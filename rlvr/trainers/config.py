@@ -5,6 +5,7 @@ validation.
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -71,6 +72,10 @@ class GRPOConfig(trl.GRPOConfig):
     record_sequences: int = field(
         default=16,
         metadata={"help": "Sequences of each rollout written with their tokens to the run directory; 0: none."},
+    )
+    stop: str | None = field(
+        default=None,
+        metadata={"help": "A single token that ends a completion, such as a newline after a few-shot answer."},
     )
     share_prompts: bool = field(
         default=False,
@@ -144,8 +149,19 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
         if self.use_vllm:
             require_vllm()
+            self._warn_of_truncated_sampling()
         if self.mismatch_tolerance is not None and not self.mismatch_tolerance > 0:
             raise ConfigError(f"mismatch_tolerance={self.mismatch_tolerance}: must be positive, in nats")
+
+    def _warn_of_truncated_sampling(self) -> None:
+        neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0,)}
+        for name, values in neutral.items():
+            if getattr(self, name) not in values:
+                warnings.warn(
+                    f"{name}={getattr(self, name)}: the engine samples from a changed distribution that the trainer's "
+                    "log-probs do not know; importance ratios are biased and the mismatch check may stop the run",
+                    stacklevel=4,
+                )
 
     def _check_batches(self) -> None:
         """TRL's divisibility rules, said with the nearest valid values. Processes are counted as launchers
@@ -184,8 +200,8 @@ class GRPOConfig(trl.GRPOConfig):
             unit = self.num_generations // math.gcd(self.num_generations, processes * micro_batches)
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} gives {total} completions per "
-                f"rollout ({processes} process(es), {micro_batches} micro-batches), no whole groups of num_generations="
-                f"{self.num_generations}: nearest are {_nearest(self.per_device_train_batch_size, unit)}"
+                f"rollout ({processes} process(es), {micro_batches} micro-batches), no whole groups of num_generations"
+                f"={self.num_generations}: nearest are {_nearest(self.per_device_train_batch_size, unit)}"
             )
 
     def _check_updates(self) -> None:

@@ -54,7 +54,7 @@ def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
         top_k=args.top_k,
         min_p=args.min_p or 0.0,
         repetition_penalty=args.repetition_penalty,
-        extra=args.generation_kwargs or {},
+        extra={**(args.generation_kwargs or {}), "stop_token_ids": trainer.eos_token_ids},
     )
     longest = getattr(base.config, "max_position_embeddings", DEFAULT_MODEL_LENGTH)
     options = EngineOptions(

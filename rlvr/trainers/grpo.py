@@ -27,6 +27,7 @@ from rlvr.trainers.heldout import heldout_reward
 from rlvr.trainers.instruments import StepMeter, step_means
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint
 from rlvr.trainers.shared_prompts import require_full_attention, token_statistics
+from rlvr.trainers.stopping import add_stop_token
 from rlvr.types import Coefficients, LocalReduce, Tokens
 
 
@@ -75,6 +76,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._grad_norm = float("nan")
         self._rollout_controls = [c for c in args.control_list if c.scope == "rollout"]
         self._micro_controls = [c for c in args.control_list if c.scope == "micro_batch"]
+        if args.stop is not None:
+            add_stop_token(self, args.stop)
         if own_engine:
             attach_cpu_engine(self)
         if self.use_vllm:
