@@ -5,6 +5,7 @@
 Every field of TaskConfig, GRPOConfig and TRL's ModelConfig is a key of the YAML and a flag.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -32,11 +33,13 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
     """Check, load, measure, train, measure again, save, report."""
     output_dir = str(args.output_dir)
     checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
-    check_run_dir(output_dir, resume=checkpoint is not None)
+    if os.environ.get("RANK", "0") == "0":
+        check_run_dir(output_dir, resume=checkpoint is not None)
     if not model_config.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: give a Hugging Face model name or a checkpoint's directory")
     task = load_task(task_config)
     args.model_init_kwargs = model_arguments(args, model_config)
+    args.eval_on_start = task.heldout is not None and checkpoint is None
     trainer = GRPOTrainer(
         model_config.model_name_or_path,
         task.reward,
@@ -48,9 +51,6 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
         task_description=task.describe,
     )
     with closing(trainer):
-        trainer.open_run(checkpoint)
-        if task.heldout is not None and checkpoint is None:
-            trainer.evaluate()
         trainer.train(resume_from_checkpoint=checkpoint)
         if task.heldout is not None:
             trainer.evaluate()

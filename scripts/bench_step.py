@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -34,16 +35,17 @@ SIDES: dict[str, list[Any] | None] = {
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, rollout included."""
+    """Seconds from the beginning of each optimizer step to that of the next: rollout, logging and records included."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self._begins: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.perf_counter()
+        self._begins.append(time.perf_counter())
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+    @property
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in pairwise(self._begins)]
 
 
 def share_of_digits(completions: list[str], **_: Any) -> list[float]:
@@ -62,7 +64,7 @@ def run(side: str, options: argparse.Namespace) -> list[float]:
             num_iterations=2,
             max_completion_length=options.length,
             generation_kwargs={"min_new_tokens": options.length},
-            max_steps=options.steps * 2 + 2,
+            max_steps=options.steps * 2 + 3,
             logging_steps=1,
             report_to="none",
             save_strategy="no",

@@ -127,6 +127,13 @@ def test_killed_run_resumes_without_losing_or_doubling_a_record(tiny_model_dir: 
     resumed = read_run(out)["resumed"]
     assert len(resumed) == 1 and resumed[0]["step"] % 3 == 0 and resumed[0]["step"] <= killed_after
 
+    # It is finished now: resuming once more trains nothing and still saves and reports.
+    (out / "model" / "model.safetensors").unlink()
+    code, log = run({**settings, "max_steps": killed_after + 6}, tmp_path, "--resume_from_checkpoint")
+    assert code == 0, log
+    assert len(read_steps(out)) == killed_after + 6
+    assert (out / "model" / "model.safetensors").exists()
+
 
 @pytest.mark.parametrize(
     ("changes", "parts"),

@@ -48,12 +48,31 @@ def test_resolve_checkpoint_takes_the_one_that_is_named(tmp_path: Path) -> None:
 
 def test_resolve_checkpoint_refuses_what_is_not_there(tmp_path: Path) -> None:
     for output_dir in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ConfigError, match=r"resume_from_checkpoint: output_dir='.*' holds no checkpoint"):
+        with pytest.raises(ConfigError, match=r"resume_from_checkpoint: output_dir='.*' holds no complete checkpoint"):
             resolve_checkpoint(str(output_dir), "latest")
     for requested in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ConfigError, match=r"is not a checkpoint: it has no trainer_state\.json") as raised:
+        with pytest.raises(
+            ConfigError, match=r"is not a complete checkpoint: it has no trainer_state\.json"
+        ) as raised:
             resolve_checkpoint(str(tmp_path), str(requested))
         assert str(requested) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_resolve_checkpoint_passes_over_one_that_a_kill_tore(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4)
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"weights, but no trainer state yet")
+    assert resolve_checkpoint(str(tmp_path), "latest") == str(tmp_path / "checkpoint-4")
+
+
+def test_resolve_checkpoint_never_mixes_two_runs(tmp_path: Path) -> None:
+    early, _ = checkpoint(tmp_path / "a", 50), checkpoint(tmp_path / "a", 100)
+    with pytest.raises(ConfigError, match=r"also holds checkpoint-100 of the run you would leave"):
+        resolve_checkpoint(str(tmp_path / "a"), early)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is of another run than output_dir"):
+        resolve_checkpoint(str(tmp_path / "b"), early)
 
 
 def test_heldout_reward_is_a_mean_over_prompts() -> None:

@@ -1,7 +1,8 @@
 """The one table that explains every metric: unit and meaning. A metric that is not in it cannot be recorded.
 
 Names are `area/quantity`. The area of a control's metrics is the control's name. Rows are alphabetical within an area.
-Unless a row says otherwise, a value is reduced over all processes and covers one optimizer step.
+Unless a row says otherwise, a value is reduced over all processes and covers one optimizer step; times are those of
+the main process.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,6 @@ METRICS: dict[str, Metric] = {
     "mismatch/abs_logp_mean": Metric(
         "nats", "mean |trainer log-prob - engine log-prob|", "about 0.04 in bf16, 1e-5 in fp32"
     ),
-    "mismatch/correction": Metric("ratio", "mean importance weight that corrects for the engine", "near 1"),
     "mismatch/kl": Metric("nats", "KL from the sampler to the trainer, k3 estimate", "below 0.01"),
     "mismatch/ratio_max": Metric("ratio", "largest trainer over engine probability of a token", "below 10"),
     "mismatch/ratio_mean": Metric("ratio", "mean trainer over engine probability of a token", "0.98 to 1.02"),

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlvr.monitor.recorder import Recorder
+from rlvr.monitor.records import read_evals
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.header import header
 from rlvr.types import Coefficients, Tokens
@@ -26,6 +27,7 @@ class RunCallback(TrainerCallback):
         self._trainer = trainer
         self._recorder: Recorder | None = None
         self._seen: set[int] = set()
+        self._sampled_step = -1
         self._rows: list[dict[str, Any]] = []
 
     def open(self, resume_step: int | None) -> None:
@@ -49,7 +51,8 @@ class RunCallback(TrainerCallback):
         return self._recorder is not None
 
     def record_eval(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> None:
-        if self._recorder is not None:
+        evaluated = [record["step"] for record in read_evals(str(self._trainer.args.output_dir))]
+        if self._recorder is not None and self._trainer.state.global_step not in evaluated:
             self._recorder.record_eval(self._trainer.state.global_step, metrics, details)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,8 +104,13 @@ class RunCallback(TrainerCallback):
             times["time/update_tokens_per_s"] = metrics["policy/tokens"] / times["time/update"]
         return times
 
-    def start_rollout(self) -> None:
-        self._seen.clear()
+    def start_rollout(self, step: int) -> None:
+        """Sample anew; of several rollouts in one step only the first is sampled, so that sequence numbers are
+        unique.
+        """
+        if step != self._sampled_step:
+            self._sampled_step = step
+            self._seen.clear()
 
     def sample_tokens(self, inputs: Mapping[str, Any], tokens: Tokens, coefficients: Coefficients) -> None:
         """Keep the first sequences of the rollout with what the loss saw of each token, the first time they

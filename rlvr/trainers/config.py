@@ -2,22 +2,21 @@
 validation.
 """
 
-import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import trl
 
-from rlvr.controls import Control, build, build_controls
+from rlvr.controls import Control, build_controls
 from rlvr.errors import ConfigError
 from rlvr.objective import Aggregation
 from rlvr.rollout.cpu_engine import require_vllm
-from rlvr.surrogates import SURROGATES, Cispo, Gspo, PpoClip, Surrogate
+from rlvr.surrogates import Surrogate
+from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
 LOSS_TYPES: dict[str, Aggregation] = {
@@ -34,8 +33,6 @@ SAID_BY_A_CONTROL = {
     "top_entropy_quantile": "it masks tokens behind the controls' back; choose a control under `controls`",
     "off_policy_mask_threshold": "it masks sequences behind the controls' back; leave it unset",
 }
-# Fields of TRL that describe the default surrogate; an explicit `surrogate` carries its own.
-SURROGATE_FIELDS = ("epsilon", "epsilon_high", "delta", "importance_sampling_level")
 
 
 @dataclass
@@ -92,8 +89,8 @@ class GRPOConfig(trl.GRPOConfig):
     def __post_init__(self) -> None:
         self._check_trl_fields()
         self._check_batches()
-        self.control_list: tuple[Control, ...] = build_controls(_parse_list("controls", self.controls))
-        self.surrogate_fn: Surrogate = self._build_surrogate()
+        self.control_list: tuple[Control, ...] = build_controls(parse_list("controls", self.controls))
+        self.surrogate_fn: Surrogate = choose_surrogate(self)
         # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -127,10 +124,12 @@ class GRPOConfig(trl.GRPOConfig):
                 f"temperature={self.temperature}: must be positive; entropy is that of softmax(z / temperature)"
             )
         for name, why in SAID_BY_A_CONTROL.items():
-            if getattr(self, name) != _default(name):
+            if getattr(self, name) != trl_default(name):
                 raise ConfigError(f"{name}={getattr(self, name)} is refused: {why}")
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type={self.loss_type!r}: rlvr keeps {', '.join(LOSS_TYPES)} of TRL's loss types")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
+            raise ConfigError("FSDP needs an accelerator: on a CPU accelerate trains unsharded copies; use cpu2.yaml")
         if self.use_liger_kernel:
             raise ConfigError(
                 "use_liger_kernel=True is refused: it replaces the forward that measures entropy; unset it"
@@ -206,6 +205,13 @@ class GRPOConfig(trl.GRPOConfig):
 
     def _check_updates(self) -> None:
         """After TRL has resolved the batch sizes."""
+        at_once, samples = self.per_device_eval_batch_size * self.world_size, self.num_generations_eval
+        samples = samples or self.num_generations
+        if self.use_vllm and self.vllm_mode == "server" and at_once % samples:
+            raise ConfigError(
+                f"per_device_eval_batch_size={self.per_device_eval_batch_size} gives {at_once} completions at once, "
+                f"no whole groups of num_generations_eval={samples}: nearest are {_nearest(at_once, samples)} in all"
+            )
         updates, micro_batches = self.updates_per_rollout, self.num_iterations * self.steps_per_generation
         if micro_batches % self.gradient_accumulation_steps and self.gradient_accumulation_steps % micro_batches:
             raise ConfigError(
@@ -220,77 +226,8 @@ class GRPOConfig(trl.GRPOConfig):
                     f"{2 * self.gradient_accumulation_steps}"
                 )
 
-    def _build_surrogate(self) -> Surrogate:
-        spec = _parse("surrogate", self.surrogate) if self.surrogate is not None else self._surrogate_of_controls()
-        if spec is None:
-            surrogate = self._surrogate_of_trl()
-        else:
-            surrogate = build("surrogate", SURROGATES, spec)
-            name = spec if isinstance(spec, str) else spec["name"]
-            for said in SURROGATE_FIELDS:
-                if getattr(self, said) != _default(said):
-                    raise ConfigError(
-                        f"{said}={getattr(self, said)} and surrogate={name} say the same thing twice: put the bounds "
-                        "into the surrogate, e.g. surrogate: {name: ppo_clip, low: 0.2, high: 0.28}"
-                    )
-            if self.loss_type == "cispo" and name != "cispo":
-                raise ConfigError(f"loss_type=cispo and surrogate={name} name two surrogates: use loss_type: dapo")
-        if isinstance(surrogate, Gspo) and self.loss_type != "grpo":
-            raise ConfigError(
-                f"loss_type={self.loss_type} would weight a sequence's ratio by its length: use loss_type: grpo"
-            )
-        return surrogate
-
-    def _surrogate_of_controls(self) -> str | None:
-        wanted = {c.name: c.surrogate for c in self.control_list if c.surrogate is not None}
-        if len(set(wanted.values())) > 1:
-            raise ConfigError(f"controls {', '.join(wanted)} come with different surrogates: set `surrogate` yourself")
-        return next(iter(wanted.values()), None)
-
-    def _surrogate_of_trl(self) -> Surrogate:
-        low, high = self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-        sequence_level = self.importance_sampling_level == "sequence"
-        if self.delta is not None and (sequence_level or self.loss_type == "cispo"):
-            name = "loss_type=cispo" if self.loss_type == "cispo" else "importance_sampling_level=sequence"
-            raise ConfigError(f"delta={self.delta} does nothing with {name}, which has no dual clip: unset it")
-        if sequence_level and self.loss_type == "cispo":
-            raise ConfigError("importance_sampling_level=sequence and loss_type=cispo name two surrogates: unset one")
-        try:
-            if self.loss_type == "cispo":
-                if self.epsilon_high is None:
-                    raise ConfigError("epsilon_high=None: with loss_type=cispo it caps the ratio itself, e.g. 5")
-                return Cispo(ratio_high=high)
-            if sequence_level:
-                return Gspo(low=low, high=high)
-            if self.importance_sampling_level != "token":
-                raise ValueError("importance_sampling_level must be token or sequence")
-            return PpoClip(low=low, high=high, dual_clip=self.delta)
-        except ValueError as error:
-            raise ConfigError(f"epsilon={low}, epsilon_high={high}, delta={self.delta}: {error}") from error
-
 
 def _nearest(value: int, unit: int) -> str:
     """The multiples of unit around value, as text."""
     below = value // unit * unit
     return f"{below} and {below + unit}" if below else str(unit)
-
-
-def _parse(field_name: str, spec: Any) -> Any:
-    """A mapping from its JSON text; names and mappings pass through."""
-    if isinstance(spec, str) and spec.lstrip().startswith("{"):
-        try:
-            return dict(json.loads(spec))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{field_name}={spec!r} is not valid JSON: {error}") from error
-    return spec
-
-
-def _parse_list(field_name: str, specs: Any) -> list[Any]:
-    """A list of names and mappings; one alone, as YAML and JSON easily give it, is a list of one."""
-    alone = isinstance(specs, str | Mapping)
-    return [_parse(field_name, spec) for spec in ([specs] if alone else specs or [])]
-
-
-def _default(name: str) -> Any:
-    found = next(f for f in fields(trl.GRPOConfig) if f.name == name)
-    return found.default if found.default is not MISSING else None

@@ -26,6 +26,10 @@ def needs_cpu_engine(args: "GRPOConfig") -> bool:
         raise ConfigError(
             f"vllm_mode={args.vllm_mode!r} needs CUDA (its weight sync is NCCL): use vllm_mode: colocate"
         )
+    unknown_here = {"vllm_structured_outputs_regex": None, "vllm_enable_sleep_mode": False, "trust_remote_code": False}
+    for name, neutral in {**unknown_here, "vllm_tensor_parallel_size": 1}.items():
+        if getattr(args, name) != neutral:
+            raise ConfigError(f"{name}={getattr(args, name)!r} has no effect on the CPU engine: set {name}: {neutral}")
     return True
 
 
@@ -47,6 +51,7 @@ def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given = args.generation_kwargs or {}
     sampling = Sampling(
         max_tokens=args.max_completion_length,
         temperature=args.temperature,
@@ -54,7 +59,7 @@ def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
         top_k=args.top_k,
         min_p=args.min_p or 0.0,
         repetition_penalty=args.repetition_penalty,
-        extra={**(args.generation_kwargs or {}), "stop_token_ids": trainer.eos_token_ids},
+        extra={**given, "stop_token_ids": [*trainer.eos_token_ids, *given.get("stop_token_ids", [])]},
     )
     longest = getattr(base.config, "max_position_embeddings", DEFAULT_MODEL_LENGTH)
     options = EngineOptions(

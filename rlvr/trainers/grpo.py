@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerState
 
 from rlvr.advantages import leave_one_out
 from rlvr.controls import apply
@@ -23,15 +23,15 @@ from rlvr.trainers.clock import PhaseClock
 from rlvr.trainers.config import GRPOConfig
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
-from rlvr.trainers.heldout import heldout_reward
+from rlvr.trainers.heldout import HeldOutTrainer
 from rlvr.trainers.instruments import StepMeter, step_means
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint
 from rlvr.trainers.shared_prompts import require_full_attention, token_statistics
 from rlvr.trainers.stopping import add_stop_token
-from rlvr.types import Coefficients, LocalReduce, Tokens
+from rlvr.types import Coefficients, LocalReduce, Mean, Tokens
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(HeldOutTrainer):
     """TRL's GRPOTrainer under entropy controls. Same arguments, with `args` a `rlvr.GRPOConfig`.
 
     With no controls its weights equal stock TRL's exactly. Rollout-scope coefficients are computed once per generation
@@ -56,6 +56,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     ) -> None:
         if not isinstance(args, GRPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}: pass a rlvr.GRPOConfig")
+        if not isinstance(train_dataset, Dataset):
+            raise ConfigError(f"train_dataset is a {type(train_dataset).__name__}: pass a datasets.Dataset")
         args.check_data(train_dataset.column_names, len(train_dataset))
         own_engine = needs_cpu_engine(args)
         with without_trl_engine(args, own_engine):
@@ -105,8 +107,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
             self._rollout_step = self.state.global_step
             self._rollout_number = self._step // (self.args.steps_per_generation * self.num_iterations)
-            self.run_callback.start_rollout()
-            self.meter.start_rollout(self._rollout_step, bridge.rollout_metrics(self._metrics["train"]))
+            self.run_callback.start_rollout(self._rollout_step)
+            self.meter.start_rollout(self._rollout_step, bridge.take_rollout_metrics(self._metrics["train"]))
             bridge.number_sequences(batch, self.accelerator.process_index)
             self._set_rewards(batch)
             if self._rollout_controls or (self.use_vllm and not self._parity_checked):
@@ -120,6 +122,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         rows = batch["completion_ids"].size(0)
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         batch[bridge.REWARD] = self._rewards[mine]
+        groups = self._rewards.view(-1, self.num_generations)
+        constant = (groups.isnan() | (groups == groups.nanmean(dim=1, keepdim=True))).all(dim=1)
+        self.meter.start_rollout(self._rollout_step, {"reward/zero_variance_groups": float(constant.float().mean())})
         if self.args.advantage_estimator == "leave_one_out":
             group = torch.arange(self._rewards.numel(), device=self._rewards.device) // self.num_generations
             batch["advantages"] = leave_one_out(self._rewards, group)[mine]
@@ -189,6 +194,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         loss = loss / accumulation
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+            metrics = {**metrics, "policy/router_aux_loss": Mean.of(torch.as_tensor(aux_loss))}
         self.meter.add({**step_means(tokens, ratio, clipped, coefficients), **metrics}, loss)
         if tokens.rollout_logps is not None:
             self.meter.add_mismatch(measure_mismatch(tokens.old_logps, tokens.rollout_logps))
@@ -262,44 +268,27 @@ class GRPOTrainer(trl.GRPOTrainer):
             bridge.rename_metrics(self._metrics["train"])
         super().log(logs, start_time)
 
-    # ---------------------------------------------------------------------------------------------- held-out reward
-
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Sample and score a held-out batch. There is no loss to compute: what counts is the reward."""
-        prompts = [row["prompt"] for row in inputs]
-        _, ids, _, completions, *_ = self._generate(prompts)
-        self._calculate_rewards(inputs, prompts, completions, ids)
-        assert self._rewards is not None
-        self._heldout.append(self._rewards)
-        return torch.zeros((), device=self.accelerator.device), None, None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """TRL's evaluation plus `heldout/reward` with its interval over prompts, recorded in the run directory."""
-        self._heldout: list[Tensor] = []
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        samples = self.num_generations_eval
-        prompts = min(len(self.eval_dataset), sum(map(len, self._heldout)) // samples)
-        held = heldout_reward(torch.cat(self._heldout)[: prompts * samples], samples)  # the rest pads the last batch
-        self.run_callback.record_eval(held, {"prompts": prompts, "samples_per_prompt": samples})
-        return {**metrics, **held}
-
     # ---------------------------------------------------------------------------------------------- running
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """TRL's `train`; `resume_from_checkpoint` defaults to the config's, True or "latest" means the newest one."""
+        """TRL's `train`; `resume_from_checkpoint` defaults to the config's, True or "latest" means the newest one.
+
+        A run that had already taken its last step is not trained further: its weights are loaded.
+        """
         requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = resolve_checkpoint(str(self.args.output_dir), requested)
-        self.open_run(checkpoint)
+        if self.is_world_process_zero() and not self.run_callback.is_open:
+            check_run_dir(str(self.args.output_dir), resume=checkpoint is not None)
+            self.run_callback.open(None if checkpoint is None else checkpoint_step(checkpoint))
         try:
+            if checkpoint is not None and 0 < self.args.max_steps <= checkpoint_step(checkpoint):
+                self._load_from_checkpoint(checkpoint)
+                self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+                return self.run_callback.finish("finished")
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except BaseException as error:
             self.run_callback.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
-
-    def open_run(self, checkpoint: str | None = None) -> None:
-        """Start the run's records; `train` does it, an evaluation before training may ask for it earlier."""
-        check_run_dir(str(self.args.output_dir), resume=checkpoint is not None or self.run_callback.is_open)
-        self.run_callback.open(None if checkpoint is None else checkpoint_step(checkpoint))
 
     def close(self) -> None:
         """Free the in-process engine; the trainer cannot sample afterwards."""

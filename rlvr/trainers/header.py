@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from rlvr.trainers.grpo import GRPOTrainer
 
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
 def header(trainer: "GRPOTrainer") -> str:
     """The table as text."""
     rows = [("model", _model(trainer)), ("task", trainer.task_description or "reward functions of the caller")]
-    rows += [*_step(trainer), *_objective(trainer)]
+    rows += [*_step(trainer), *_objective(trainer), *_warnings(trainer)]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     return "\n".join(["", "one step =", *lines, ""])
@@ -88,6 +90,19 @@ def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
         )
     )
     return rows
+
+
+def _warnings(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
+    """What will probably not do what its user expects."""
+    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    if torch.bfloat16 in trained and not trainer.is_deepspeed_enabled and trainer.args.learning_rate < 1e-5:
+        text = (
+            f"the trained weights are bfloat16 and keep 3 digits: most updates at learning rate "
+            f"{trainer.args.learning_rate:g} round to nothing. Set dtype: float32 (bf16: true still computes in "
+            "bfloat16), or use DeepSpeed, which keeps float32 copies"
+        )
+        return [("WARNING", text)]
+    return []
 
 
 def _settings(instance: Any) -> str:

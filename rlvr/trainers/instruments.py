@@ -66,7 +66,7 @@ class StepMeter:
         self._rollout_means: dict[str, Mean] = {}
 
     def start_rollout(self, step: int, metrics: Mapping[str, float]) -> None:
-        """metrics: already reduced. Rollouts of one step, which are equally large, are averaged."""
+        """metrics: already reduced. Calls for rollouts of the same step are put together by `close`."""
         if step != self._rollout_step:
             self._rollout_step, self._rollout, self._rollout_means = step, {}, {}
         for name, value in metrics.items():
@@ -89,7 +89,7 @@ class StepMeter:
         one = torch.ones((), dtype=torch.float64)
         means = {**self._means, **self._rollout_means, "policy/loss": Mean(self._loss, one)}
         reduced = reduce_means(means, self._accelerator)
-        metrics = {name: sum(values) / len(values) for name, values in self._rollout.items()}
+        metrics = {name: _over_rollouts(name, values) for name, values in self._rollout.items()}
         metrics |= {name: mean.value() for name, mean in reduced.items()}
         if "policy/ratio" in reduced:
             metrics["policy/tokens"] = float(reduced["policy/ratio"].count)
@@ -99,6 +99,13 @@ class StepMeter:
             metrics |= mismatch.metrics()
         self._means, self._mismatch, self._loss = {}, None, torch.zeros_like(self._loss)
         return StepMeasurement(metrics, mismatch)
+
+
+def _over_rollouts(name: str, values: list[float]) -> float:
+    """One number for the rollouts of a step: tokens add, maxima are maxima, the rest are means of equal parts."""
+    if name == "rollout/tokens":
+        return sum(values)
+    return max(values) if name.endswith("_max") else sum(values) / len(values)
 
 
 def _add(into: dict[str, Mean], means: Metrics) -> None:

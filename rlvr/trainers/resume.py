@@ -3,34 +3,56 @@
 import json
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from rlvr.errors import ConfigError
+from rlvr.monitor.records import holds_run
 
 NEWEST = ("true", "latest", "last")
+STATE = "trainer_state.json"
 
 
 def resolve_checkpoint(output_dir: str, requested: str | bool | None) -> str | None:
     """The checkpoint's directory, or None to start anew.
 
-    requested: None or False, a directory, or True / "true" / "latest" for the newest checkpoint in `output_dir`.
-    Raises: ConfigError if there is no such checkpoint.
+    requested: None or False, a directory, or True / "true" / "latest" for the newest complete checkpoint in
+    `output_dir`.
+    Raises: ConfigError if there is no such checkpoint, or if continuing from it would mix two runs in `output_dir`.
     """
     if requested is None or requested is False or str(requested).lower() == "false":
         return None
+    complete = _complete_checkpoints(output_dir)
     if requested is True or str(requested).lower() in NEWEST:
-        newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if newest is None:
+        if not complete:
             raise ConfigError(
-                f"resume_from_checkpoint: output_dir={output_dir!r} holds no checkpoint; start without the flag, in "
-                "an empty directory, or give a checkpoint's path"
+                f"resume_from_checkpoint: output_dir={output_dir!r} holds no complete checkpoint; start without the "
+                "flag, in an empty directory, or give a checkpoint's path"
             )
-        return newest
-    if not (Path(str(requested)) / "trainer_state.json").is_file():
-        raise ConfigError(f"resume_from_checkpoint={requested!r} is not a checkpoint: it has no trainer_state.json")
-    return str(requested)
+        return str(complete[-1])
+    checkpoint = Path(str(requested))
+    if not (checkpoint / STATE).is_file():
+        raise ConfigError(f"resume_from_checkpoint={requested!r} is not a complete checkpoint: it has no {STATE}")
+    if checkpoint.resolve().parent != Path(output_dir).resolve() and holds_run(output_dir):
+        raise ConfigError(
+            f"resume_from_checkpoint={requested!r} is of another run than output_dir={output_dir!r} holds: "
+            "choose an empty output_dir"
+        )
+    later = [path.name for path in complete if _number(path) > checkpoint_step(str(checkpoint))]
+    if later:
+        raise ConfigError(
+            f"resume_from_checkpoint={requested!r}: output_dir={output_dir!r} also holds {', '.join(later)} of the run "
+            "you would leave: move them away, or resume into an empty output_dir"
+        )
+    return str(checkpoint)
 
 
 def checkpoint_step(checkpoint: str) -> int:
     """The optimizer step after which the checkpoint was written."""
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
+    return int(json.loads((Path(checkpoint) / STATE).read_text())["global_step"])
+
+
+def _complete_checkpoints(output_dir: str) -> list[Path]:
+    """Oldest first. The trainer's state is written last, so a checkpoint without it was torn by a kill."""
+    return sorted((path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE}")), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -117,7 +117,8 @@ def require_full_attention(model: Any) -> None:
             f"share_prompts=True needs attention with a boolean mask, not attn_implementation={implementation!r}: "
             "set attn_implementation: sdpa, or share_prompts: false"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else ["full_attention"]
+    kinds = set(getattr(config, "layer_types", None) or windowed)
     if kinds != {"full_attention"}:
         raise ConfigError(
             f"share_prompts=True needs full attention in every layer; this model has {', '.join(sorted(kinds))}: "

@@ -25,7 +25,8 @@ def add_stop_token(trainer: "GRPOTrainer", text: str) -> None:
     token = stop_token(trainer._tokenizer, text)
     trainer.eos_token_ids = [*trainer.eos_token_ids, token]
     if trainer.use_vllm:  # TRL's engine reads its settings at each call
-        trainer.vllm_generation.generation_kwargs["stop_token_ids"] = [token]
+        settings = trainer.vllm_generation.generation_kwargs
+        settings["stop_token_ids"] = [*settings.get("stop_token_ids", []), token]
     else:
         trainer.generation_config.eos_token_id = trainer.eos_token_ids
         trainer.generation_kwargs["eos_token_id"] = trainer.eos_token_ids

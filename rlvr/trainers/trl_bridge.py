@@ -25,16 +25,20 @@ FORWARD_KEYS = (
 METRIC_NAMES = {
     "reward": "reward/mean",
     "reward_std": "reward/std",
-    "frac_reward_zero_std": "reward/zero_variance_groups",
     "completions/mean_length": "rollout/completion_length",
     "completions/max_length": "rollout/completion_length_max",
     "completions/clipped_ratio": "rollout/truncated",
-    "sampling/importance_sampling_ratio/mean": "mismatch/correction",
-    "aux_loss": "policy/router_aux_loss",
 }
+# What the verifiers report through TRL's `log_metric`, which flushes it into its own metrics once per rollout.
 VERIFIER_METRICS = ("reward/verifier_timeouts", "reward/verifier_errors")
 # TRL's metrics that ours replace, by a definition that does not depend on micro-batches or logging intervals.
-REPLACED_METRICS = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time")
+REPLACED_METRICS = (
+    "frac_reward_zero_std",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "step_time",
+)
 # Ours in TRL's batch, which it shuffles and splits with everything else: (B,), (B, T), or a scalar of the whole
 # rollout.
 SEQUENCE = "rlvr_sequence"
@@ -143,10 +147,12 @@ def count_trained(batch: dict[str, Any], reduce: Reduce) -> dict[str, float]:
     }
 
 
-def rollout_metrics(trl_metrics: Mapping[str, list[float]]) -> dict[str, float]:
-    """The latest of TRL's rollout metrics under our names, and those that reward functions logged under ours."""
+def take_rollout_metrics(trl_metrics: dict[str, list[float]]) -> dict[str, float]:
+    """The rollout's metrics under our names; those already under our names leave TRL's table, which is logged too."""
     found = {ours: trl_metrics[theirs][-1] for theirs, ours in METRIC_NAMES.items() if trl_metrics.get(theirs)}
     found |= {name: trl_metrics[name][-1] for name in VERIFIER_METRICS if trl_metrics.get(name)}
+    for name in (*VERIFIER_METRICS, "time/verify"):
+        trl_metrics.pop(name, None)
     return found
 
 
