@@ -38,8 +38,8 @@ def resolve_checkpoint(output_dir: str, requested: str | bool | None) -> str | N
     later = [path.name for path in complete if _number(path) > checkpoint_step(str(checkpoint))]
     if later:
         raise ConfigError(
-            f"resume_from_checkpoint={requested!r}: output_dir={output_dir!r} also holds {', '.join(later)} of the run "
-            "you would leave: move them away, or resume into an empty output_dir"
+            f"resume_from_checkpoint={requested!r}: output_dir={output_dir!r} also holds {', '.join(later)} of the "
+            "run you would leave: move them away, or resume into an empty output_dir"
         )
     return str(checkpoint)
 
