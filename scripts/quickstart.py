@@ -22,6 +22,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:TRL currently supports vLLM:UserWarning")  # 0.32 is what is tested
     # Threads that spin while they wait make a step nine times slower as soon as anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     subprocess.run([sys.executable, "scripts/smollm2.py", str(MODEL)], check=True)
@@ -67,8 +68,7 @@ def sample(checkpoint: Path, prompts: int = 4) -> None:
         inputs = tokenizer(row["prompt"], return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=recipe["max_completion_length"], do_sample=False)
         answer = tokenizer.decode(ids[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip()
-        question = row["prompt"].strip().splitlines()[-1]
-        print(f"  {question} {answer.splitlines()[0] if answer else '(nothing)'}   (reference {row['answer']})")
+        print(f"  {row['question']} {answer.splitlines()[0] if answer else '(nothing)'}   (right: {row['answer']})")
 
 
 if __name__ == "__main__":

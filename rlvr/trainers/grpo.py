@@ -64,10 +64,8 @@ class GRPOTrainer(HeldOutTrainer):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **trl_arguments)
         if args.share_prompts:
             require_full_attention(self.accelerator.unwrap_model(self.model))
-            if self.aux_loss_enabled:
-                raise ConfigError(
-                    "share_prompts=True cannot weigh the router's auxiliary loss: set share_prompts: false"
-                )
+            if self.aux_loss_enabled or self._is_vlm:
+                raise ConfigError("share_prompts=True takes no images and no router auxiliary loss: set it to false")
         self.task_description = task_description
         self.clock = PhaseClock()
         self.meter = StepMeter(self.accelerator)
@@ -123,7 +121,7 @@ class GRPOTrainer(HeldOutTrainer):
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         batch[bridge.REWARD] = self._rewards[mine]
         groups = self._rewards.view(-1, self.num_generations)
-        constant = (groups.isnan() | (groups == groups.nanmean(dim=1, keepdim=True))).all(dim=1)
+        constant = groups.nan_to_num(-torch.inf).amax(dim=1) <= groups.nan_to_num(torch.inf).amin(dim=1)
         self.meter.start_rollout(self._rollout_step, {"reward/zero_variance_groups": float(constant.float().mean())})
         if self.args.advantage_estimator == "leave_one_out":
             group = torch.arange(self._rewards.numel(), device=self._rewards.device) // self.num_generations
