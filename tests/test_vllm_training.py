@@ -12,12 +12,13 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_vllm_rollouts_stay_in_step_with_the_trainer_and_stale_weights_stop_it(
-    tiny_model_dir: Path, tmp_path: Path
+    method: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     script = Path(__file__).with_name("vllm_run.py")
     run = subprocess.run(
-        [sys.executable, str(script), str(tiny_model_dir), str(tmp_path / "run")],
+        [sys.executable, str(script), str(tiny_model_dir), str(tmp_path / "run"), method],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,6 @@
 """Run in a process of its own by test_vllm_training.py: trains on real vLLM rollouts, then lets the engine go stale.
 
-python vllm_run.py MODEL_DIR OUT_DIR   ->  one JSON line
+python vllm_run.py MODEL_DIR OUT_DIR full|lora   ->  one JSON line
 """
 
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlvr
@@ -21,7 +22,7 @@ def share_of_low_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(i < 100 for i in ids) / len(ids) for ids in completion_ids]
 
 
-def main(model_dir: str, out: str) -> None:
+def main(model_dir: str, out: str, method: str) -> None:
     args = rlvr.GRPOConfig(
         output_dir=out,
         use_vllm=True,
@@ -30,7 +31,7 @@ def main(model_dir: str, out: str) -> None:
         per_device_train_batch_size=32,
         max_completion_length=16,
         num_iterations=2,
-        learning_rate=5e-3,
+        learning_rate=2e-2 if method == "lora" else 5e-3,
         max_steps=6,
         logging_steps=1,
         save_strategy="no",
@@ -44,7 +45,12 @@ def main(model_dir: str, out: str) -> None:
     rows = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(6) for b in range(6)])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    with closing(rlvr.GRPOTrainer(model, share_of_low_ids, args, rows, processing_class=tokenizer)) as trainer:
+    adapter = (
+        {"peft_config": LoraConfig(r=8, lora_dropout=0.1, target_modules="all-linear")} if method == "lora" else {}
+    )
+    with closing(
+        rlvr.GRPOTrainer(model, share_of_low_ids, args, rows, processing_class=tokenizer, **adapter)
+    ) as trainer:
         trainer.train()
         steps = [record["metrics"] for record in read_steps(out)]
         trainer.vllm_generation.sync_weights = lambda: None

@@ -74,6 +74,13 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "A single token that ends a completion, such as a newline after a few-shot answer."},
     )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "TRL's field, on by default here: with dropout (LoRA's default is 0.05) log-probs are random, so "
+            "old and new policy differ without an update and the engine samples from another policy than is trained."
+        },
+    )
     share_prompts: bool = field(
         default=False,
         metadata={
