@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 
 import torch
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -49,6 +50,7 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         task_description=task.describe,
+        run_config={**asdict(task_config), **asdict(model_config)},
     )
     with closing(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)

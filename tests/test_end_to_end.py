@@ -87,6 +87,8 @@ def test_recipe_trains_records_and_saves(tiny_model_dir: Path, tmp_path: Path) -
     assert {"heldout/reward", "heldout/reward_ci95"} <= read_evals(out)[0]["metrics"].keys()
     assert [record["step"] for record in read_evals(out)] == [0, 8]
     assert read_run(out)["status"] == "finished"
+    recorded = read_run(out)["config"]
+    assert recorded["task_kwargs"]["max_digits"] == 1 and recorded["num_iterations"] == 2 and "lora_r" in recorded
     assert token_steps(out) == [1, 3, 5, 7]  # each rollout once, at its first update
     row = read_tokens(out, 1)[0]
     assert len(row["entropy"]) == len(row["tokens"]) == len(row["token_ids"]) == len(row["drift"])

@@ -37,7 +37,8 @@ class RunCallback(TrainerCallback):
             return
         config = {
             **trainer.args.to_dict(),
-            "task": trainer.task_description,
+            **trainer.run_config,
+            "task_description": trainer.task_description,
             "model": trainer.model.config._name_or_path,
         }
         output_dir = str(trainer.args.output_dir)

@@ -34,6 +34,8 @@ from rlvr.types import Coefficients, LocalReduce, Mean, Tokens
 class GRPOTrainer(HeldOutTrainer):
     """TRL's GRPOTrainer under entropy controls. Same arguments, with `args` a `rlvr.GRPOConfig`.
 
+    task_description: a line for the header.   run_config: settings that belong into run.json beside `args`.
+
     With no controls its weights equal stock TRL's exactly. Rollout-scope coefficients are computed once per generation
     batch over all ranks and ride along in it, so the loss does not depend on how it is cut into micro-batches.
     Differs from TRL: sequences that are masked out whole leave the mean over sequences.
@@ -52,6 +54,7 @@ class GRPOTrainer(HeldOutTrainer):
         eval_dataset: Dataset | None = None,
         *,
         task_description: str = "",
+        run_config: Mapping[str, Any] | None = None,
         **trl_arguments: Any,
     ) -> None:
         if not isinstance(args, GRPOConfig):
@@ -66,7 +69,7 @@ class GRPOTrainer(HeldOutTrainer):
             require_full_attention(self.accelerator.unwrap_model(self.model))
             if self.aux_loss_enabled or self._is_vlm:
                 raise ConfigError("share_prompts=True takes no images and no router auxiliary loss: set it to false")
-        self.task_description = task_description
+        self.task_description, self.run_config = task_description, dict(run_config or {})
         self.clock = PhaseClock()
         self.meter = StepMeter(self.accelerator)
         self._reduce = AcceleratorReduce(self.accelerator)
