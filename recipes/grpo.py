@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Fine-tune a Hugging Face model with entropy-controlled GRPO.
 
     accelerate launch recipes/grpo.py --config recipes/kl_cov.yaml --learning_rate 2e-6
@@ -7,15 +8,22 @@ Every field of TaskConfig, GRPOConfig and TRL's ModelConfig is a key of the YAML
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
+
+# vLLM 0.32 is what rlvr is tested with; TRL's warning about it would greet every start.
+warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
 
 import torch
+import yaml
+from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlvr import GRPOConfig, GRPOTrainer
-from rlvr.errors import ConfigError
+from rlvr.errors import ConfigError, unknown
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.monitor.report import write_report
 from rlvr.monitor.summary import format_summary, summarize
@@ -26,7 +34,13 @@ from rlvr.trainers.resume import resolve_checkpoint
 def main(argv: Sequence[str] | None = None) -> None:
     parser = TrlParser((TaskConfig, GRPOConfig, ModelConfig))
     arguments = flag_values(sys.argv[1:] if argv is None else list(argv))
-    task_config, args, model_config = parser.parse_args_and_config(arguments)
+    check_names(parser, arguments)
+    try:
+        task_config, args, model_config = parser.parse_args_and_config(arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:  # what transformers and TRL say of their own fields
+        raise ConfigError(" ".join(str(error).split())) from error
     train(task_config, args, model_config)
 
 
@@ -38,6 +52,7 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
         check_run_dir(output_dir, resume=checkpoint is not None)
     if not model_config.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: give a Hugging Face model name or a checkpoint's directory")
+    check_model(model_config)
     task = load_task(task_config)
     args.model_init_kwargs = model_arguments(args, model_config)
     args.eval_on_start = task.heldout is not None and checkpoint is None
@@ -71,6 +86,36 @@ def model_arguments(args: GRPOConfig, model_config: ModelConfig) -> dict[str, ob
         **(args.model_init_kwargs or {}),
     }
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_names(parser: TrlParser, arguments: Sequence[str]) -> None:
+    """Refuse an unknown key of the YAML or an unknown flag, with the nearest names, before anything is parsed."""
+    known = {flag.removeprefix("--") for flag in parser._option_string_actions}
+    given = [text.removeprefix("--").partition("=")[0] for text in arguments if text.startswith("--")]
+    if "--config" in arguments[:-1]:
+        path = arguments[list(arguments).index("--config") + 1]
+        try:
+            settings = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"config={path!r} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"config={path!r} holds no `key: value` lines")
+        given += [str(key) for key in settings if key != "env"]
+    for name in given:
+        if name not in known | {"config"}:
+            raise unknown("setting", name, known)
+
+
+def check_model(model_config: ModelConfig) -> None:
+    """Read the model's configuration, which is cheap, to refuse a wrong name or path before the data is loaded."""
+    name = str(model_config.model_name_or_path)
+    try:
+        AutoConfig.from_pretrained(name, revision=model_config.model_revision)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            return  # the trainer asks for it with the user's setting
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model_name_or_path={name!r} is no model directory or hub name: {reason}") from error
 
 
 def flag_values(argv: list[str]) -> list[str]:

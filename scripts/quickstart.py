@@ -22,7 +22,6 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:TRL currently supports vLLM:UserWarning")  # 0.32 is what is tested
     # Threads that spin while they wait make a step nine times slower as soon as anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     subprocess.run([sys.executable, "scripts/smollm2.py", str(MODEL)], check=True)

@@ -141,6 +141,9 @@ def test_killed_run_resumes_without_losing_or_doubling_a_record(tiny_model_dir: 
     ("changes", "parts"),
     [
         ({"controls": ["klcov"]}, ("controls", "klcov", "kl_cov")),
+        ({"contrlos": ["kl_cov"]}, ("contrlos", "controls")),
+        ({"optim": "adamzz"}, ("adamzz", "adamw_torch")),
+        ({}, ("model_name_or_path", "no-model")),
         ({"task": "chain_sums"}, ("task", "chain_sums", "chain_sum")),
         ({"num_iterations": 1}, ("kl_cov", "num_iterations")),
         ({"top_entropy_quantile": 0.2}, ("top_entropy_quantile", "0.2", "controls")),
@@ -151,7 +154,11 @@ def test_killed_run_resumes_without_losing_or_doubling_a_record(tiny_model_dir: 
     ],
 )
 def test_bad_input_is_one_line_before_the_model_is_loaded(
-    changes: dict[str, Any], parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    parts: tuple[str, ...],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     import grpo
@@ -165,7 +172,8 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", load)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config(tmp_path / "no-model", tmp_path / "run", **changes)))
+    model = tiny_model_dir if changes else tmp_path / "no-model"
+    path.write_text(yaml.safe_dump(config(model, tmp_path / "run", **changes)))
     with pytest.raises(ConfigError) as error:
         grpo.main(["--config", str(path)])
     message = str(error.value)

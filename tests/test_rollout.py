@@ -238,7 +238,7 @@ def test_engine_refuses_an_incomplete_sync(measured: dict) -> None:
 
 
 def test_engine_refuses_prompts_that_vllm_would_cut_short(measured: dict) -> None:
-    assert "raise max_model_len" in measured["untied"]["too_long"]
+    assert "raise vllm_max_model_length" in measured["untied"]["too_long"]
 
 
 def test_seeded_calls_repeat_and_siblings_differ(measured: dict) -> None:

@@ -147,8 +147,8 @@ class CpuEngine:
         longest = max(map(len, prompts), default=0)
         if longest + self.sampling.max_tokens > self.options.max_model_len:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_tokens={self.sampling.max_tokens} exceed "
-                f"max_model_len={self.options.max_model_len}; raise max_model_len"
+                f"a prompt of {longest} tokens and max_tokens={self.sampling.max_tokens} exceed max_model_len="
+                f"{self.options.max_model_len}; raise vllm_max_model_length or lower max_completion_length"
             )
         with profiler or contextlib.nullcontext(), self._random_stream():
             outputs = self.llm.generate(

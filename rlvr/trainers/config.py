@@ -126,6 +126,8 @@ class GRPOConfig(trl.GRPOConfig):
     def _check_trl_fields(self) -> None:
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length={self.max_completion_length}: must be at least 1 token")
+        if self.max_steps == 0:
+            raise ConfigError("max_steps=0: must be at least 1, or -1 to count epochs")
         if not self.temperature > 0:
             raise ConfigError(
                 f"temperature={self.temperature}: must be positive; entropy is that of softmax(z / temperature)"
@@ -145,6 +147,8 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(
                 f"advantage_estimator={self.advantage_estimator!r}: must be group_relative or leave_one_out"
             )
+        if self.scale_rewards not in ("group", "batch", "none", True, False):
+            raise ConfigError(f"scale_rewards={self.scale_rewards!r}: must be group, batch or none")
         if self.advantage_estimator == "leave_one_out" and self.scale_rewards == "batch":
             raise ConfigError(
                 "scale_rewards=batch has no effect on advantage_estimator=leave_one_out: unset one of them"
@@ -155,7 +159,7 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
         if self.use_vllm:
             require_vllm()
-            self._warn_of_truncated_sampling()
+        self._warn_of_truncated_sampling()
         if self.mismatch_tolerance is not None and not self.mismatch_tolerance > 0:
             raise ConfigError(f"mismatch_tolerance={self.mismatch_tolerance}: must be positive, in nats")
 
@@ -164,8 +168,8 @@ class GRPOConfig(trl.GRPOConfig):
         for name, values in neutral.items():
             if getattr(self, name) not in values:
                 warnings.warn(
-                    f"{name}={getattr(self, name)}: the engine samples from a changed distribution that the trainer's "
-                    "log-probs do not know; importance ratios are biased and the mismatch check may stop the run",
+                    f"{name}={getattr(self, name)}: completions come from a changed distribution that entropy and "
+                    "log-probs do not know; ratios are biased, and with vLLM the mismatch check may stop the run",
                     stacklevel=4,
                 )
 

@@ -43,9 +43,14 @@ class HeldOutTrainer(trl.GRPOTrainer):
         return None, None, None
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """TRL's loop plus `heldout/reward` with its interval over prompts, recorded in the run directory."""
+        """TRL's loop plus `heldout/reward` with its interval over prompts, recorded in the run directory.
+
+        Random numbers are the evaluation's own, the same each time: measuring does not change what is trained.
+        """
         self._heldout: list[Tensor] = []
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed + 1 + self.accelerator.process_index)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         samples = self.num_generations_eval
         prompts = min(len(dataloader.dataset), sum(map(len, self._heldout)) // samples)
         held = heldout_reward(torch.cat(self._heldout)[: prompts * samples], samples)  # the rest pads the last batch

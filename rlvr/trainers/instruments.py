@@ -90,7 +90,7 @@ class StepMeter:
         means = {**self._means, **self._rollout_means, "policy/loss": Mean(self._loss, one)}
         reduced = reduce_means(means, self._accelerator)
         metrics = {name: _over_rollouts(name, values) for name, values in self._rollout.items()}
-        metrics |= {name: mean.value() for name, mean in reduced.items()}
+        metrics |= {name: mean.value() for name, mean in reduced.items() if mean.count}  # nothing measured: absent
         if "policy/ratio" in reduced:
             metrics["policy/tokens"] = float(reduced["policy/ratio"].count)
         mismatch = None

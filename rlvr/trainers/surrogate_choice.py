@@ -69,6 +69,8 @@ def _of_trl(args: "GRPOConfig") -> Surrogate:
         if args.importance_sampling_level != "token":
             raise ValueError("importance_sampling_level must be token or sequence")
         return PpoClip(low=low, high=high, dual_clip=args.delta)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"epsilon={low}, epsilon_high={high}, delta={args.delta}: {error}") from error
 
@@ -76,17 +78,27 @@ def _of_trl(args: "GRPOConfig") -> Surrogate:
 def parse(field_name: str, spec: Any) -> Any:
     """A mapping from its JSON text; names and mappings pass through."""
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
-        try:
-            return dict(json.loads(spec))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{field_name}={spec!r} is not valid JSON: {error}") from error
+        return dict(_json(field_name, spec))
     return spec
 
 
 def parse_list(field_name: str, specs: Any) -> list[Any]:
-    """A list of names and mappings; one alone, as YAML and JSON easily give it, is a list of one."""
+    """A list of names and mappings; one alone, as YAML and JSON easily give it, is a list of one; `none` is empty."""
     alone = isinstance(specs, str | Mapping)
-    return [parse(field_name, spec) for spec in ([specs] if alone else specs or [])]
+    parsed: list[Any] = []
+    for spec in [specs] if alone else specs or []:
+        if isinstance(spec, str) and spec.lstrip().startswith("["):
+            parsed += parse_list(field_name, _json(field_name, spec))
+        elif spec != "none":
+            parsed.append(parse(field_name, spec))
+    return parsed
+
+
+def _json(field_name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{field_name}={text!r} is not valid JSON: {error}") from error
 
 
 def trl_default(name: str) -> Any:
