@@ -275,6 +275,6 @@ def test_yaml_reads_1e_3_as_text_and_is_told_so(tmp_path: Path) -> None:
 
 def test_controls_on_the_command_line_may_be_none_or_a_json_list(tmp_path: Path) -> None:
     base = {"output_dir": str(tmp_path), "bf16": False, "num_iterations": 2, "report_to": "none"}
-    assert rlvr.GRPOConfig(controls=["none"], **base).control_list == ()
-    several = rlvr.GRPOConfig(controls=['[{"name": "kl_cov", "fraction": 0.1}, "clip_cov"]'], **base).control_list
+    assert GRPOConfig(controls=["none"], **base).control_list == ()
+    several = GRPOConfig(controls=['[{"name": "kl_cov", "fraction": 0.1}, "clip_cov"]'], **base).control_list
     assert [control.name for control in several] == ["kl_cov", "clip_cov"]
