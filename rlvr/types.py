@@ -64,6 +64,7 @@ class Tokens:
     rollout_logps: as the engine reported them.   ref_logps: reference policy.   entropy: nats, of softmax(z /
     temperature).
     mean_discriminator: E_S = sum_v p_v^2 (H + log p_v).   sequence: row of the batch in [0, num_sequences), int64.
+    position: of the token in its response, int64.
     key: int64 >= 0, a random number that belongs to the token (see `token_keys`), never to its place in a batch.
     """
 
@@ -72,6 +73,7 @@ class Tokens:
     advantages: Tensor
     sequence: Tensor
     num_sequences: int
+    position: Tensor | None = None
     key: Tensor | None = None
     entropy: Tensor | None = None
     rollout_logps: Tensor | None = None
@@ -91,18 +93,20 @@ class Tokens:
 
     @classmethod
     def from_padded(cls, mask: Tensor, **padded: Tensor | None) -> "Tokens":
-        """Flatten (B, T) tensors to the tokens where mask is true; a (B,) or (B, 1) advantage is spread over
-        its row.
+        """Flatten (B, T) tensors to the tokens where mask is true; a (B,) or (B, 1) advantage is spread over its row.
+
+        A token's sequence is its row, its position its column.
         """
         mask = mask.bool()
         rows = torch.arange(mask.size(0), device=mask.device)
+        columns = torch.arange(mask.size(1), device=mask.device).unsqueeze(0)
 
         def flat(x: Tensor) -> Tensor:
             x = x.unsqueeze(1) if x.dim() == 1 else x
             return x.expand_as(mask)[mask]
 
         values = {name: flat(x) for name, x in padded.items() if x is not None}
-        return cls(sequence=flat(rows), num_sequences=mask.size(0), **values)
+        return cls(sequence=flat(rows), position=flat(columns), num_sequences=mask.size(0), **values)
 
     def select(self, keep: Tensor) -> "Tokens":
         """The tokens where keep [N] is true; rows keep their numbers."""
@@ -116,9 +120,8 @@ class Coefficients:
     """What a control decides per token: None is neutral, everything else is [N] and detached.
 
     weight: >= 0, multiplies the surrogate; the denominator stays.   keep: False takes the token out of the loss and
-    of its
-    denominator.   advantage: added to the advantage before the surrogate.   drift: scales |log pi - log pi_old|.
-    entropy: scales the entropy bonus.   reference: scales the KL to the reference policy.
+    of its denominator.   advantage: added to the advantage before the surrogate.
+    drift: scales |log pi - log pi_old|.   entropy: scales the entropy bonus.   reference: scales the KL to the reference policy.
     """
 
     weight: Tensor | None = None

@@ -18,7 +18,7 @@ from rlvr.surrogates import SURROGATES, Clipped, PpoClip, Surrogate
 from rlvr.types import Coefficients, LocalReduce, Reduce, Tokens, token_keys
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
-OPTIONAL = ("key", "entropy", "rollout_logps", "ref_logps", "mean_discriminator")
+OPTIONAL = ("position", "key", "entropy", "rollout_logps", "ref_logps", "mean_discriminator")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,9 @@ class Case:
     neutral: Control
     draws: bool  # its result depends on the tokens' keys
     refused: dict[str, Any]  # a bad value of each hyper-parameter that has one
-    entropy: int  # +1: more entropy is left after an update with it than without, -1: less
+    entropy: int  # +1: more entropy is left after an update with it than without, -1: less, 0: no promise
     updates: int = 1  # per rollout
+    learning_rate: float = 100.0  # of those updates, on the tabular policy
 
 
 CASES: dict[str, Case] = {
@@ -50,6 +51,7 @@ CASES: dict[str, Case] = {
         updates=4,
     ),
 }
+FLOATS = ("entropy", "rollout_logps", "mean_discriminator")
 every_control = pytest.mark.parametrize("name", CASES)
 
 
@@ -81,8 +83,9 @@ def batch(seed: int = 0, dtype: torch.dtype = torch.float64, key_seed: int = 0) 
         advantages=torch.randn(24, generator=generator, dtype=torch.float64)[sequence].to(dtype),
         sequence=sequence,
         num_sequences=24,
+        position=position,
         key=token_keys(key_seed, 0, sequence, position),
-        entropy=draw().abs().to(dtype),
+        entropy=draw().abs().to(dtype).requires_grad_(),
         rollout_logps=(old + 0.01 * draw()).to(dtype),
         ref_logps=(old + 0.2 * draw()).to(dtype),
         mean_discriminator=(0.1 * draw()).to(dtype),
@@ -136,6 +139,19 @@ def test_control_coefficients_are_sound_in_every_precision(name: str, dtype: tor
 
 def is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@every_control
+def test_gradient_flows_to_log_probs_and_through_a_bonus_to_entropy(name: str) -> None:
+    control, tokens = CASES[name].active, batch()
+    leaves = {f: getattr(tokens, f).detach().requires_grad_() for f in (*FLOATS, "advantages", "old_logps", "logps")}
+    tokens = replace(tokens, **leaves)
+    coefficients = decide(control, tokens).coefficients
+    loss = policy_loss(tokens, surrogate_of(control), coefficients, mode="token_mean")
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+    assert grads["logps"] is not None and (grads["logps"] != 0).any()
+    assert (grads["entropy"] is not None) == (coefficients.entropy is not None)
+    assert grads["mean_discriminator"] is None and grads["rollout_logps"] is None
 
 
 @every_control

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from rlvr.controls.base import Control, Outcome, Scope
 from rlvr.controls.covariance import ClipCov, KlCov
 from rlvr.errors import ConfigError, unknown
@@ -60,8 +62,9 @@ def build_controls(specs: Sequence[str | Mapping[str, Any]]) -> tuple[Control, .
     return controls
 
 
+@torch.no_grad()
 def apply(controls: Iterable[Control], tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
-    """All controls on the same tokens: coefficients combined, metrics side by side."""
+    """All controls on the same tokens, without gradient: coefficients combined, metrics side by side."""
     coefficients = Coefficients()
     metrics: dict[str, Mean] = {}
     for control in controls:

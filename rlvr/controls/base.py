@@ -3,7 +3,9 @@
 No gradient, no state, no logging and no trainer inside. What differs between ranks comes in through `reduce`.
 """
 
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from rlvr.surrogates import Clipped
 from rlvr.types import Coefficients, Metrics, Reduce, Tokens
 
-Scope = Literal["rollout", "micro_batch"]
+Scope = Literal["rollout", "micro_batch", "optimizer_step"]
 SCOPES: tuple[Scope, ...] = ("rollout", "micro_batch")
 
 
@@ -22,23 +24,45 @@ class Outcome(NamedTuple):
     metrics: Metrics
 
 
-class Control(Protocol):
-    """One entropy-control method.
+class Control:
+    """One entropy-control method. Subclasses are frozen dataclasses of its hyper-parameters.
 
     scope: "rollout" runs once on the whole rollout batch, over all ranks, with the statistics of the policy that made
     it, so the result does not depend on micro-batches or ranks; "micro_batch" runs on each micro-batch of one rank
-    with the current policy, as published code does.
+    with the current policy, as published code does; "optimizer_step" runs once on all tokens of a step, over all
+    ranks, and knows their keys and positions alone.
     """
 
+    __slots__ = ()
+
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # optional fields of Tokens that it reads
-    off_policy_only: ClassVar[bool]  # does nothing while old and current policy are equal
-    surrogate: ClassVar[str | None]  # the surrogate of its paper, where that is not the PPO clip
+    off_policy_only: ClassVar[bool] = False  # does nothing while old and current policy are equal
+    surrogate: ClassVar[str | None] = None  # the surrogate of its paper, where that is not the PPO clip
+    # Hyper-parameters that a thermostat may move: +1 where a larger value leaves more entropy, -1 where less.
+    levers: ClassVar[Mapping[str, int]] = {}
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Optional fields of Tokens that it reads, with these hyper-parameters."""
+        return frozenset()
+
+    @property
+    @abstractmethod
     def scope(self) -> Scope: ...
 
+    @abstractmethod
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome: ...
+
+    def observe(self, entropy: float) -> "Control":
+        """The control for the next optimizer step, after one with this entropy (nats, token mean over all ranks)."""
+        return self
+
+
+def required(value: Tensor | None, name: str) -> Tensor:
+    """The field of Tokens that a control named in `needs`. Raises: ValueError if it was not computed."""
+    if value is None:
+        raise ValueError(f"tokens.{name} is needed and was not computed")
+    return value
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -4,34 +4,29 @@ Both rest on dH = -eta Cov(log pi, pi A) for a policy-gradient step (Cui et al. 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlvr.controls.base import Outcome, Scope, check_fraction, check_scope, largest
+from rlvr.controls.base import Control, Outcome, Scope, check_fraction, check_scope, largest, required
 from rlvr.surrogates import Clipped
 from rlvr.types import Coefficients, Mean, Reduce, Tokens
 
 
 def covariance(tokens: Tokens, reduce: Reduce) -> tuple[Tensor, int]:
     """(cov_t = (A_t - mean A)(log pi_t - mean log pi) in float64 [N], number of tokens over all ranks)."""
-    logps, advantages = tokens.logps.detach().double(), tokens.advantages.double()
+    logps, advantages = tokens.logps.double(), tokens.advantages.double()
     count = torch.tensor(float(len(tokens)), dtype=torch.float64, device=logps.device)
     sums = reduce.sum(torch.stack([logps.sum(), advantages.sum(), count]))
     means = sums / sums[2].clamp(min=1)
     return (logps - means[0]) * (advantages - means[1]), int(sums[2])
 
 
-def _keys(tokens: Tokens) -> Tensor:
-    if tokens.key is None:
-        raise ValueError("tokens.key is needed: without it a draw would depend on the order of the batch")
-    return tokens.key
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClipCov:
+class ClipCov(Control):
     """Mask a random few of the tokens that drive entropy down most.
 
     cov_t = (A_t - mean A)(log pi_t - mean log pi); candidates have low < cov < high and an inactive clip; a fraction
@@ -53,9 +48,11 @@ class ClipCov:
     scope: Scope = "rollout"
 
     name: ClassVar[str] = "clip_cov"
-    needs: ClassVar[frozenset[str]] = frozenset({"key"})
-    off_policy_only: ClassVar[bool] = False
-    surrogate: ClassVar[str | None] = None
+    levers: ClassVar[Mapping[str, int]] = {"fraction": +1}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"key"})
 
     def __post_init__(self) -> None:
         check_fraction("fraction", self.fraction)
@@ -70,7 +67,7 @@ class ClipCov:
             candidates &= ~clipped.any
         num_masked = max(int(self.fraction * total), 1)
         masked = torch.zeros_like(candidates)
-        keys = _keys(tokens)[candidates]
+        keys = required(tokens.key, "key")[candidates]
         masked[candidates] = largest(keys, keys, num_masked, reduce)
         weight = (~masked).to(tokens.logps.dtype)
         metrics = {
@@ -82,7 +79,7 @@ class ClipCov:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KlCov:
+class KlCov(Control):
     """Hold back the tokens that drive entropy down most: a penalty on their drift from the old policy.
 
     The `fraction` of tokens with the largest cov_t = (A_t - mean A)(log pi_t - mean log pi) pays
@@ -93,9 +90,8 @@ class KlCov:
     Metrics: kl_cov/selected (fraction), kl_cov/cov.
     Ref: Cui et al. 2025, arXiv 2505.22617, Eq. 13-14.
     Differs: `fraction` is a fraction (PRIME's `k_percent` is a percent, and capped by the token count); statistics
-    over
-    the whole rollout batch by default. Penalty and gradient are zero while pi = pi_old: it needs several updates per
-    rollout.
+    over the whole rollout batch by default. Penalty and gradient are zero while pi = pi_old: it needs several updates
+    per rollout.
     """
 
     fraction: float = 2e-3
@@ -103,9 +99,13 @@ class KlCov:
     scope: Scope = "rollout"
 
     name: ClassVar[str] = "kl_cov"
-    needs: ClassVar[frozenset[str]] = frozenset({"key"})
     off_policy_only: ClassVar[bool] = True
     surrogate: ClassVar[str | None] = "unclipped"
+    levers: ClassVar[Mapping[str, int]] = {"coef": +1, "fraction": +1}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"key"})
 
     def __post_init__(self) -> None:
         check_fraction("fraction", self.fraction)
@@ -115,6 +115,6 @@ class KlCov:
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
         cov, total = covariance(tokens, reduce)
-        selected = largest(cov, _keys(tokens), max(int(self.fraction * total), 1), reduce)
+        selected = largest(cov, required(tokens.key, "key"), max(int(self.fraction * total), 1), reduce)
         metrics = {"kl_cov/selected": Mean.of(selected), "kl_cov/cov": Mean.of(cov)}
         return Outcome(Coefficients(drift=self.coef * selected.to(tokens.logps.dtype)), metrics)
