@@ -121,7 +121,8 @@ class Coefficients:
 
     weight: >= 0, multiplies the surrogate; the denominator stays.   keep: False takes the token out of the loss and
     of its denominator.   advantage: added to the advantage before the surrogate.
-    drift: scales |log pi - log pi_old|.   entropy: scales the entropy bonus.   reference: scales the KL to the reference policy.
+    drift: scales |log pi - log pi_old|.   entropy: scales the entropy bonus.   reference: scales the KL to the
+    reference policy.
     """
 
     weight: Tensor | None = None
