@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 # vLLM 0.32 is what rlvr is tested with; TRL's warning about it would greet every start.
@@ -29,6 +30,7 @@ from rlvr.monitor.report import write_report
 from rlvr.monitor.summary import format_summary, summarize
 from rlvr.tasks import TaskConfig, load_task
 from rlvr.trainers.resume import resolve_checkpoint
+from rlvr.trainers.staged import StagedTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +58,8 @@ def train(task_config: TaskConfig, args: GRPOConfig, model_config: ModelConfig) 
     task = load_task(task_config)
     args.model_init_kwargs = model_arguments(args, model_config)
     args.eval_on_start = task.heldout is not None and checkpoint is None
-    trainer = GRPOTrainer(
+    make = partial(StagedTrainer, schedule=task.schedule) if task.schedule else GRPOTrainer
+    trainer = make(
         model_config.model_name_or_path,
         task.reward,
         args,

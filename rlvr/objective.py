@@ -39,6 +39,15 @@ def policy_loss(
     c = coefficients
     if c.keep is not None:
         tokens, c = tokens.select(c.keep), c.select(c.keep)
+    loss = token_losses(tokens, surrogate, c, corrected_kl=corrected_kl)
+    return aggregate(loss, tokens, mode=mode, denominator=denominator)
+
+
+def token_losses(
+    tokens: Tokens, surrogate: Surrogate, coefficients: Coefficients, *, corrected_kl: bool = False
+) -> Tensor:
+    """The loss of each token [N]; `keep` is left to whoever aggregates. Raises: as `policy_loss`."""
+    c = coefficients
     shifted = tokens if c.advantage is None else replace(tokens, advantages=tokens.advantages + c.advantage)
     ratio = surrogate.ratio(tokens)
     # Before the surrogate, as TRL does: the gradients that meet in the ratio are then summed in the same order.
@@ -52,7 +61,7 @@ def policy_loss(
         loss = loss - c.entropy * _required(tokens.entropy, "entropy")
     if c.reference is not None and kl is not None:
         loss = loss + c.reference * kl
-    return aggregate(loss, tokens, mode=mode, denominator=denominator)
+    return loss
 
 
 def reference_kl(tokens: Tokens) -> Tensor:

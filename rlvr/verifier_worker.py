@@ -4,15 +4,12 @@ input ends. Imports neither torch nor trl."""
 import math
 import numbers
 import os
-import resource
 import threading
 import time
 from typing import Any
 
 from rlvr.child_process import read_message, take_standard_streams, write_message
-from rlvr.verifiers import BUILTIN, Verify, build_verifier
-
-BUILTIN_MEMORY = 8 << 30  # bytes of address space: 9**9**9 must not take the training's memory before its time is up
+from rlvr.verifiers import Verify, build_verifier
 
 
 def main() -> None:
@@ -27,8 +24,6 @@ def main() -> None:
     except Exception as error:
         write_message(replies, {"fatal": f"{type(error).__name__}: {error}"})
         return
-    if setup["verify"] in BUILTIN:
-        _limit_memory(BUILTIN_MEMORY)
     write_message(replies, {"ready": True})
     while (message := read_message(requests)) is not None:
         write_message(replies, judge(verify, message["row"]))
@@ -46,12 +41,6 @@ def judge(verify: Verify, row: dict[str, Any]) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error!s:.500}"}
     return {"value": value} if math.isfinite(value) else {"error": f"ValueError: the verifier returned {value}"}
-
-
-def _limit_memory(size: int) -> None:
-    """Cap this process's address space at `size` bytes, or at its hard limit where that is lower."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
 
 
 def _die_with(parent: int) -> None:

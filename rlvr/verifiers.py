@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import re
+import resource
 import sys
 from collections.abc import Callable, Collection
 from functools import lru_cache
@@ -18,6 +19,8 @@ from rlvr.child_process import import_path
 from rlvr.errors import ConfigError
 
 Verify = Callable[..., Any]
+
+BUILTIN_MEMORY = 8 << 30  # bytes of address space: 9**9**9 must not take the training's memory before its time is up
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
@@ -185,9 +188,44 @@ def _with_its_columns(spec: str, function: Verify, columns: Collection[str] | No
     )
 
 
+def verifier_by_domain(domains: dict[str, dict[str, Any]]) -> Verify:
+    """Judges each row as its task does: all tasks of a run in one process.
+
+    domains: the task's {verify, kwargs, stop} by the row's `domain`; a completion is cut where `stop` begins.
+    `verifier_columns` of a row is the JSON text of the columns that its own task has besides the answer.
+    """
+    verifiers = {name: build_verifier(task["verify"], task["kwargs"]) for name, task in domains.items()}
+
+    def judge(completion: str, answer: str, *, domain: str, verifier_columns: str, **_: Any) -> float:
+        stop = domains[domain]["stop"]
+        judged = completion.split(stop, 1)[0] if stop else completion
+        score: float = verifiers[domain](judged, answer, **json.loads(verifier_columns))
+        return score
+
+    return judge
+
+
 BUILTIN: dict[str, Callable[..., Verify]] = {"math_verify": math_verifier, "reasoning_gym": reasoning_gym_verifier}
 
 
 def build_verifier(name: str, kwargs: dict[str, Any]) -> Verify:
     """A verifier by built-in name and keyword arguments, or by `module:function` (which takes none)."""
-    return BUILTIN[name](**kwargs) if name in BUILTIN else import_verifier(name)
+    if name == "by_domain":
+        return verifier_by_domain(**kwargs)
+    return _capped(BUILTIN[name](**kwargs)) if name in BUILTIN else import_verifier(name)
+
+
+def _capped(verify: Verify) -> Verify:
+    """`verify` in at most BUILTIN_MEMORY bytes of address space, or the process's hard limit where that is lower."""
+
+    def judge(completion: str, answer: str, **row: Any) -> float:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        cap = BUILTIN_MEMORY if hard == resource.RLIM_INFINITY else min(BUILTIN_MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (cap, hard))
+        try:
+            score: float = verify(completion, answer, **row)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        return score
+
+    return judge

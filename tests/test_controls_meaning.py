@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_controls import CASES, Case, batch, decide, surrogate_of
+from control_cases import CASES, Case, batch
+from test_controls import decide, surrogate_of
 from torch import Tensor
 
 from rlvr.advantages import group_relative

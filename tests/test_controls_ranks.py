@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_controls import CASES, assert_same, batch, decide, pick
+from control_cases import CASES, batch
+from test_controls import assert_same, decide, pick
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 

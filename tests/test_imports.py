@@ -16,10 +16,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CORE = {"types", "errors", "advantages", "surrogates", "objective", "budget", "theory", "controls"}
+CORE = {
+    "types",
+    "errors",
+    "advantages",
+    "surrogates",
+    "objective",
+    "budget",
+    "theory",
+    "law",
+    "diagnostics",
+    "thermostat",
+    "controls",
+}
 # Each part may import the core, itself and what stands here.
 PARTS: dict[str, set[str]] = {
     "child_process": set(),
+    "integrations": set(),
     "mole": set(),
     "monitor": set(),
     "rewards": {"verifier_pool"},
@@ -32,10 +45,10 @@ PARTS: dict[str, set[str]] = {
 TOP = {"trainers", "cli"}
 
 # Heavy libraries, and the modules that may import them. vLLM only inside functions: importing it makes
-# torch.set_num_threads a no-op for the rest of the process.
-HEAVY = {"trl", "transformers", "accelerate", "deepspeed", "vllm", "peft"}
-HEAVY_AT_HOME = ("rlvr.trainers", "rlvr.rollout", "rlvr.mole.model")
-ONLY_INSIDE_FUNCTIONS = {"vllm"}
+# torch.set_num_threads a no-op for the rest of the process. verl too: it is no dependency of ours.
+HEAVY = {"trl", "transformers", "accelerate", "deepspeed", "vllm", "peft", "verl"}
+HEAVY_AT_HOME = ("rlvr.trainers", "rlvr.rollout", "rlvr.mole.model", "rlvr.integrations")
+ONLY_INSIDE_FUNCTIONS = {"vllm", "verl"}
 CORE_ALLOWED = {"torch", *sys.stdlib_module_names} - {"logging"}
 KERNELS_ALLOWED = {"torch", "triton", "rlvr_kernels", *sys.stdlib_module_names}
 
@@ -145,6 +158,7 @@ def test_imports_follow_the_rule(module):
         ("rlvr.mole.router", "from transformers.activations import ACT2FN"),
         ("rlvr.mole.modelling", "import peft"),
         ("rlvr.rollout.engine", "class A:\n    from vllm import LLM"),
+        ("rlvr.integrations.verl", "from verl import protocol"),
         ("rlvr", "from rlvr.trainers.grpo import GRPOTrainer"),
         ("rlvr.cli", "import transformers"),
         ("rlvr.something_new", "import math"),
@@ -187,7 +201,7 @@ def test_import_rlvr_loads_nothing_heavy():
     assert loaded_by("import rlvr") & (HEAVY | {"torch"}) == set()
 
 
-@pytest.mark.parametrize("module", ["rlvr.monitor", "rlvr.cli", "rlvr.verifier_worker"])
+@pytest.mark.parametrize("module", ["rlvr.monitor", "rlvr.cli", "rlvr.verifier_worker", "rlvr.law"])
 def test_import_of_light_modules_needs_no_torch(module):
     assert loaded_by(f"import {module}") & (HEAVY | {"torch"}) == set()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlvr.objective import AGGREGATIONS, Aggregation, aggregate, policy_loss, reference_kl
-from rlvr.surrogates import Cispo, Gspo, PpoClip, Surrogate, Unclipped
+from rlvr.surrogates import Cispo, Dppo, Gmpo, Gpg, Gspo, PpoClip, Sapo, Surrogate, Unclipped
 from rlvr.types import Coefficients, Tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -18,6 +18,10 @@ SURROGATES: dict[str, Surrogate] = {
     "unclipped": Unclipped(),
     "cispo": Cispo(ratio_low=0.5, ratio_high=1.5),
     "gspo": Gspo(low=0.1, high=0.1),
+    "gmpo": Gmpo(low=0.1, high=0.2),
+    "sapo": Sapo(),
+    "gpg": Gpg(),
+    "dppo": Dppo(low=0.05, high=0.05, kl_coef=0.1),
 }
 B, T, L_MAX, BUDGET = 7, 9, 16, 40.0
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from rlvr.advantages import group_relative
-from rlvr.controls import ClipCov, KlCov, apply
+from rlvr.controls import ClipCov, Control, KlCov, apply
+from rlvr.controls.entropy import AdaptiveEntropy, EntropyAdvantage, EntropyBonus, HighEntropyTokens, upper_quantile
+from rlvr.controls.mismatch import GeometricGate, IcePop, Mis, OffPolicyMask, Tis, log_gap, sequence_mean
 from rlvr.objective import aggregate, policy_loss
-from rlvr.surrogates import Cispo, Gspo, PpoClip, Surrogate
+from rlvr.surrogates import Cispo, Clipped, Dppo, Gmpo, Gpg, Gspo, PpoClip, Sapo, Surrogate
 from rlvr.types import Coefficients, LocalReduce, Tokens, token_keys
 
 VECTORS = {v["id"]: v for v in json.loads((Path(__file__).parent / "data" / "vectors.json").read_text())["vectors"]}
@@ -106,6 +108,44 @@ def test_cispo(case: dict[str, Any]) -> None:
     check_loss(case, policy_loss(tokens, surrogate, Coefficients(), mode="token_mean"), logps)
 
 
+@cases("sapo")
+def test_sapo(case: dict[str, Any]) -> None:
+    logps, mask, tokens = setup(case)
+    surrogate = Sapo(**case["params"])
+    torch.testing.assert_close(
+        surrogate.loss(surrogate.ratio(tokens), tokens).detach(), tensor(case["expected"]["token_loss"])[mask], **EXACT
+    )
+    check_loss(case, policy_loss(tokens, surrogate, Coefficients(), mode="seq_mean_token_mean"), logps)
+
+
+@cases("gmpo")
+def test_gmpo(case: dict[str, Any]) -> None:
+    logps, mask, tokens = setup(case)
+    surrogate = Gmpo(low=case["params"]["eps_low"], high=case["params"]["eps_high"])
+    loss = policy_loss(tokens, surrogate, Coefficients(), mode="seq_mean_token_mean")
+    clipped = surrogate.clipped(surrogate.ratio(tokens), tokens).any
+    assert torch.equal(clipped, tensor(case["expected"]["grad_logp"])[mask] == 0)
+    check_loss(case, loss, logps)
+
+
+@cases("gpg")
+def test_gpg(case: dict[str, Any]) -> None:
+    logps, _, tokens = setup(case)
+    mode = case["params"].get("mode", "token_mean")
+    check_loss(case, policy_loss(tokens, Gpg(), Coefficients(), mode=mode), logps)
+
+
+@cases("dppo")
+def test_dppo(case: dict[str, Any]) -> None:
+    logps, mask, tokens = setup(case)
+    p = case["params"]
+    surrogate = Dppo(low=p["mask_low"], high=p["mask_high"], kl_coef=p["kl_tau"])
+    keep = ~surrogate.clipped(surrogate.ratio(tokens), tokens).any
+    assert torch.equal(keep, torch.tensor(case["expected"]["keep"])[mask])
+    loss = policy_loss(tokens, surrogate, Coefficients(), mode="token_mean", denominator=1.0)
+    check_loss({"expected": {**case["expected"], "loss": case["expected"]["loss_sum"]}}, loss, logps)
+
+
 def clip_cov_loss(case: dict[str, Any], seed: int, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, Coefficients]:
     logps, mask, tokens = setup(case, seed)
     p, surrogate = case["params"], ppo(case["params"])
@@ -153,3 +193,96 @@ def test_kl_cov(case: dict[str, Any]) -> None:
     selected = torch.tensor(case["expected"]["selected"])[mask]
     assert torch.equal(coefficients.drift, case["params"]["beta"] * selected.double())
     check_loss(case, policy_loss(tokens, surrogate, coefficients, mode="token_mean"), logps)
+
+
+def decided(case: dict[str, Any], control: Control, **fields: torch.Tensor) -> tuple[Tokens, Coefficients]:
+    """Tokens with these (B, T) fields, log-probs 0 and advantage 1 unless given, and what the control says of them."""
+    mask = torch.ones_like(next(iter(fields.values()))).bool()
+    if "mask" in case["inputs"]:
+        mask = tensor(case["inputs"]["mask"]).bool()
+    zeros = torch.zeros(mask.shape, dtype=torch.float64)
+    tokens = Tokens.from_padded(mask, **{"logps": zeros, "old_logps": zeros, "advantages": zeros + 1, **fields})
+    none = torch.zeros(len(tokens), dtype=torch.bool)
+    return tokens, apply([control], tokens, Clipped(none, none), LocalReduce()).coefficients
+
+
+@cases("top_entropy")
+def test_high_entropy_tokens(case: dict[str, Any]) -> None:
+    mask, entropy = tensor(case["inputs"]["mask"]).bool(), tensor(case["inputs"]["entropy"])
+    rho = case["params"]["rho"]
+    _, coefficients = decided(case, HighEntropyTokens(fraction=rho), entropy=entropy)
+    assert coefficients.weight is not None
+    assert torch.equal(coefficients.weight == 1, torch.tensor(case["expected"]["keep"])[mask])
+    threshold = upper_quantile(entropy[mask], rho, LocalReduce())
+    torch.testing.assert_close(threshold, tensor(case["expected"]["threshold"]), **EXACT)
+
+
+@cases("entropy_bonus")
+def test_entropy_bonus(case: dict[str, Any]) -> None:
+    """The bonus on kept tokens only is the bonus times the weight of the control that keeps them."""
+    entropy, policy_loss_alone = tensor(case["inputs"]["entropy"]), case["inputs"]["policy_loss"]
+    advantages = torch.full_like(entropy, -policy_loss_alone)  # at a ratio of 1 each token's loss is minus this
+    control = EntropyBonus(coef=case["params"]["coef"])
+    tokens, coefficients = decided(case, control, entropy=entropy, advantages=advantages)
+    assert coefficients.entropy is not None
+    if "keep" in case["inputs"]:
+        kept = tensor(case["inputs"]["keep"])[tensor(case["inputs"]["mask"]).bool()]
+        coefficients = Coefficients(entropy=coefficients.entropy * kept)
+    loss = policy_loss(tokens, PpoClip(), coefficients, mode="token_mean")
+    torch.testing.assert_close(loss, tensor(case["expected"]["loss"]), **EXACT)
+
+
+@cases("adaptive_entropy")
+def test_adaptive_entropy(case: dict[str, Any]) -> None:
+    p = case["params"]
+    control = AdaptiveEntropy(
+        coef=p["c0"],
+        target=p["target"],
+        delta=p["delta"],
+        min_coef=p["c_min"],
+        max_coef=p["c_max"],
+        inclusive=p["inclusive"],
+    )
+    for entropy, step in zip(case["inputs"]["entropy_trace"], case["expected"]["steps"], strict=True):
+        control = control.observe(entropy)
+        assert control.enabled == step["enabled"]
+        assert control.coef == pytest.approx(step["coef"], abs=1e-12)
+        assert control.applied == pytest.approx(step["applied"], abs=1e-12)
+
+
+@cases("adv_shaping")
+def test_entropy_advantage(case: dict[str, Any]) -> None:
+    adv, entropy = tensor(case["inputs"]["adv"]), tensor(case["inputs"]["entropy"])
+    control = EntropyAdvantage(alpha=case["params"]["alpha"], kappa=case["params"]["kappa"])
+    tokens, coefficients = decided(case, control, entropy=entropy, advantages=adv)
+    assert coefficients.advantage is not None
+    torch.testing.assert_close(coefficients.advantage, tensor(case["expected"]["psi"]).flatten(), **EXACT)
+    shaped = tokens.advantages + coefficients.advantage
+    torch.testing.assert_close(shaped, tensor(case["expected"]["adv_shaped"]).flatten(), **EXACT)
+
+
+@cases("tis")
+def test_engine_corrections(case: dict[str, Any]) -> None:
+    p, log_ratio = case["params"], tensor(case["inputs"]["log_ratio"])
+    control = {
+        "token_truncate": lambda: Tis(cap=p["c_max"]),
+        "sequence_truncate": lambda: Tis(cap=p["c_max"], level="sequence"),
+        "token_mask": lambda: IcePop(low=p["c_min"], high=p["c_max"]),
+        "sequence_mask": lambda: Mis(cap=p["c_max"]),
+        "geo_mask": lambda: GeometricGate(low=p["c_min"], high=p["c_max"]),
+    }[p["mode"]]()
+    _, coefficients = decided(case, control, old_logps=log_ratio, rollout_logps=torch.zeros_like(log_ratio))
+    assert coefficients.weight is not None
+    expected = tensor(case["expected"]["weight"])[tensor(case["inputs"]["mask"]).bool()]
+    torch.testing.assert_close(coefficients.weight, expected, **EXACT)
+
+
+@cases("offpolicy_mask")
+def test_off_policy_mask(case: dict[str, Any]) -> None:
+    x, expected = {k: tensor(v) for k, v in case["inputs"].items()}, case["expected"]
+    fields = {"logps": x["logp"], "rollout_logps": x["sampling_logp"], "advantages": x["adv_seq"]}
+    tokens, coefficients = decided(case, OffPolicyMask(delta=case["params"]["delta"]), **fields)
+    assert coefficients.weight is not None
+    assert torch.equal(coefficients.weight == 1, torch.tensor(expected["keep_seq"])[tokens.sequence])
+    mean = sequence_mean(log_gap(fields["rollout_logps"], x["logp"])[x["mask"].bool()], tokens)
+    torch.testing.assert_close(mean, tensor(expected["mean_kl"])[tokens.sequence], **EXACT)

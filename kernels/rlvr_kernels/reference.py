@@ -20,6 +20,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None = None  # H = -sum_v p log p in nats, >= 0
     sum_p2: Tensor | None = None  # sum_v p^2
     sum_p2_logp: Tensor | None = None  # sum_v p^2 log p; E_S = sum_v p^2 (log p + H) = sum_p2_logp + entropy * sum_p2
+    sum_p2_logp2: Tensor | None = None  # sum_v (p log p)^2; sum_v S_v^2 = it + 2 H sum_p2_logp + H^2 sum_p2
 
 
 def token_stats(
@@ -69,5 +70,6 @@ def logit_stats(
         "entropy": lambda: -plogp.sum(-1),
         "sum_p2": lambda: p.square().sum(-1),
         "sum_p2_logp": lambda: (p * plogp).sum(-1),
+        "sum_p2_logp2": lambda: plogp.square().sum(-1),
     }
     return TokenStats(**{name: stats[name]() for name in want})

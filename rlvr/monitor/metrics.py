@@ -34,21 +34,104 @@ METRICS: dict[str, Metric] = {
     "policy/ratio": Metric("ratio", "mean importance ratio, current policy over start of the update", "0.95 to 1.05"),
     "policy/reference_kl": Metric("nats", "KL from the reference policy, k3 estimate, token mean"),
     "policy/router_aux_loss": Metric("1", "load-balancing loss of a mixture-of-experts model, before its coefficient"),
+    "policy/router_z_loss": Metric("1", "z-loss of the expert routers, before its coefficient"),
     "policy/tokens": Metric("tokens", "tokens trained on: the denominator of the token means"),
     "policy/weight": Metric("1", "mean weight on the surrogate, from controls and the engine correction", "near 1"),
     # entropy
     "entropy/mean": Metric("nats", "exact entropy of softmax(z / temperature), mean over the trained tokens"),
+    **{
+        f"entropy/share_top_{percent}pct": Metric(
+            "fraction", f"share of all entropy in the {percent} % of the tokens that have most"
+        )
+        for percent in (50, 20, 10, 5, 1)
+    },
+    # covariance of log-prob and advantage over the tokens of the step: what drives entropy down
+    "covariance/mean": Metric("nats", "mean of (A - mean A)(logp - mean logp)", "positive while entropy falls"),
+    **{
+        f"covariance/top_{percent}pct": Metric(
+            "nats", f"mean of the largest {percent} % of the covariances", f"{first} at the first step of a 7B model"
+        )
+        for percent, first in (("0.02", 5.65), ("0.2", 3.11), ("2", 1.39), ("20", 0.35))
+    },
+    # dynamics: entropy change of the step on the probe's tokens (probe_sequences), measured by a second pass
+    "dynamics/measured": Metric("nats", "mean entropy change of the probe's tokens by the step"),
+    "dynamics/predicted": Metric(
+        "nats", "its first-order prediction for an SGD step: learning rate * -alpha (S - E_S)"
+    ),
+    **{
+        f"dynamics/{what}_{sign}_{side}": Metric("nats", f"{what} change at {side} tokens (p {op} exp(-H)), A {rel} 0")
+        for what in ("measured", "predicted")
+        for sign, rel in (("punished", "<"), ("rewarded", ">"))
+        for side, op in (("likely", ">"), ("unlikely", "<="))
+    },
+    **{
+        f"dynamics/{name}_{what}": Metric(
+            unit, f"{text} of measured on predicted change over tokens, estimator {name}"
+        )
+        for name in ("covariance", "discriminator", "single_logit", "steer", "steer_released")
+        for what, unit, text in (
+            ("correlation", "1", "correlation"),
+            ("r2", "fraction", "variance explained"),
+            ("slope", "1", "slope"),
+        )
+    },
+    # law: R = -a exp(H) + b, fitted to the rollouts so far
+    "law/a": Metric("reward", "slope: reward gained per unit of exp(entropy) spent", "positive"),
+    "law/b": Metric("reward", "intercept of R = -a exp(H) + b"),
+    "law/ceiling": Metric("reward", "b - a, the predicted reward when all entropy is spent"),
+    "law/ceiling_high": Metric("reward", "upper end of its 95 % interval, if the law holds that far"),
+    "law/ceiling_low": Metric("reward", "lower end of its 95 % interval, if the law holds that far"),
+    "law/holds": Metric("1", "1: the data do not refute the law; 0: not yet to be said; -1: it does not hold here"),
+    "law/r2": Metric("fraction", "variance of the reward that the law explains"),
+    "law/r2_linear": Metric("fraction", "variance of the reward that a straight line in H explains"),
     # clip: the surrogate's own clipping
     "clip/high": Metric("fraction", "trained tokens clipped at the upper bound (A > 0)", "below 0.05", touches=True),
     "clip/low": Metric("fraction", "trained tokens clipped at the lower bound (A < 0)", "below 0.05", touches=True),
     # controls, one area each
+    "adaptive_entropy/applied": Metric("1", "coefficient of the entropy bonus in this step, 0 above the target"),
+    "adaptive_entropy/coef": Metric("1", "coefficient that the controller holds, applied only below the target"),
+    "clip_b/masked": Metric("fraction", "trained tokens that Clip_B took out of the loss", touches=True),
+    "clip_b/std": Metric("nats", "standard deviation of the entropy discriminator over the trained tokens"),
     "clip_cov/candidates": Metric("fraction", "trained tokens inside the covariance band and not clipped"),
     "clip_cov/cov": Metric("nats", "covariance of log-prob and advantage, mean over the trained tokens"),
     "clip_cov/masked": Metric("fraction", "trained tokens whose gradient Clip-Cov removed", touches=True),
+    "clip_v/candidates": Metric("fraction", "trained tokens beyond Clip_V's threshold, before its cap"),
+    "clip_v/masked": Metric("fraction", "trained tokens that Clip_V took out of the loss", touches=True),
+    "clip_v/std": Metric("nats", "standard deviation of the centered entropy discriminator over the trained tokens"),
+    "entropy_advantage/bonus": Metric("1", "what uncertain tokens gain in advantage, mean over the trained tokens"),
+    "entropy_advantage/bounded": Metric("fraction", "trained tokens whose bonus is cut to |A| / kappa"),
+    "entropy_bonus/coef": Metric("1", "coefficient of the entropy bonus"),
+    "geometric_gate/masked": Metric("fraction", "trained tokens in sequences outside the band", touches=True),
+    "geometric_gate/weight": Metric("1", "mean weight for the engine's mismatch, 0 where masked", "near 1"),
+    "high_entropy/masked": Metric("fraction", "trained tokens left out because the policy is certain", touches=True),
+    "high_entropy/threshold": Metric("nats", "entropy from which a token is trained on"),
+    "icepop/masked": Metric("fraction", "trained tokens whose engine ratio leaves the band", touches=True),
+    "icepop/weight": Metric("1", "mean weight for the engine's mismatch, 0 where masked", "near 1"),
     "kl_cov/cov": Metric("nats", "covariance of log-prob and advantage, mean over the trained tokens"),
     "kl_cov/selected": Metric("fraction", "trained tokens that carry the KL-Cov penalty", touches=True),
+    "mis/masked": Metric("fraction", "trained tokens in sequences whose engine ratio exceeds the cap", touches=True),
+    "mis/weight": Metric("1", "mean weight for the engine's mismatch, 0 where masked", "near 1"),
+    "off_policy_mask/kl": Metric("nats", "log-prob of the engine minus the current policy's, token mean"),
+    "off_policy_mask/masked": Metric("fraction", "trained tokens in bad sequences far off-policy", touches=True),
+    "reference_kl/coef": Metric("1", "coefficient of the KL to the reference policy"),
+    "steer/changed": Metric("fraction", "trained tokens whose weight STEER moved by more than 0.01", touches=True),
+    "steer/omega": Metric("nats", "size of the estimated entropy change per unit of step, mean over the trained tokens"),
+    "steer/omega_max": Metric("nats", "largest size of the estimated entropy change, which the weights are relative to"),
+    "tis/capped": Metric("fraction", "trained tokens whose engine ratio is cut to the cap", touches=True),
+    "tis/weight": Metric("1", "mean weight for the engine's mismatch", "near 1"),
+    # thermostat: the controller that holds entropy in a band
+    "thermostat/outside": Metric("steps", "steps in a row with entropy outside the band, negative below it", "0"),
+    "thermostat/position": Metric("1", "where the lever stands: 0 leaves least entropy, 1 most", "inside (0, 1)"),
+    "thermostat/value": Metric("1", "the hyper-parameter that the thermostat moves"),
+    "token_budget/filled": Metric("ratio", "tokens kept over the token budget", "1; below it the batch is too small"),
+    "token_budget/kept": Metric("fraction", "share of the step's tokens that fit into the token budget"),
     # reward and rollout: over the completions of a rollout, repeated for each step that trains on it
     "reward/mean": Metric("reward", "mean reward of the scored completions"),
+    **{
+        f"reward/pass_at_{2**i}": Metric("fraction", f"prompts solved by at least one of {2**i} completions, unbiased")
+        for i in range(13)
+    },
+    "reward/stage": Metric("index", "stage of the task that the step's prompts are of, counted from 0"),
     "reward/std": Metric("reward", "standard deviation of the reward over the scored completions"),
     "reward/unscored": Metric("fraction", "completions left out because no reward could be computed", "0"),
     "reward/verifier_errors": Metric("fraction", "completions whose verifier raised or died", "0"),
@@ -81,15 +164,22 @@ METRICS: dict[str, Metric] = {
     "optim/grad_norm": Metric("1", "norm of the gradient before clipping", "steady; spikes precede collapse"),
     "optim/learning_rate": Metric("1", "learning rate of the step"),
     # heldout: evaluations, recorded in evals.jsonl
+    **{
+        f"heldout/pass_at_{2**i}": Metric("fraction", f"held-out prompts solved by one of {2**i} samples, unbiased")
+        for i in range(13)
+    },
     "heldout/reward": Metric("reward", "mean reward on held-out prompts"),
     "heldout/reward_ci95": Metric("reward", "half width of the 95 % interval of heldout/reward"),
 }
 
+EFFECT = Metric("nats", "what a control adds to dynamics/predicted; recorded as <control>/effect", "positive")
 TOUCHED = tuple(name for name, entry in METRICS.items() if entry.touches)
 
 
 def metric(name: str) -> Metric:
     """The entry of `name`. Raises: ConfigError, with the nearest names, if the table does not explain it."""
+    if name.endswith("/effect"):
+        return EFFECT
     if name not in METRICS:
         raise unknown("metric", name, METRICS)
     return METRICS[name]

@@ -83,8 +83,15 @@ class Recorder:
         self._last_step = 0
         self._tokens = 0
 
-    def record_step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Append the record of one optimizer step, counted from 1.   metrics: globally reduced numbers.
+    def record_step(
+        self,
+        step: int,
+        metrics: Mapping[str, SupportsFloat],
+        entropy_by_position: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Append the record of one optimizer step, counted from 1.
+
+        metrics: globally reduced numbers.   entropy_by_position: "edges", "mean" and "count" of bins of positions.
 
         Raises: ConfigError for a metric that METRICS does not name, ValueError for a step that is already recorded.
         """
@@ -94,7 +101,10 @@ class Recorder:
         tokens = values.get("policy/tokens", 0)
         self._tokens += 0 if isinstance(tokens, str) else int(tokens)
         self._last_step = step
-        self._append(STEPS, {"step": step, "time": time.time(), "tokens": self._tokens, "metrics": values})
+        record = {"step": step, "time": time.time(), "tokens": self._tokens, "metrics": values}
+        if entropy_by_position:
+            record["entropy_by_position"] = _plain(entropy_by_position)
+        self._append(STEPS, record)
 
     def record_eval(
         self, step: int, metrics: Mapping[str, SupportsFloat], details: Mapping[str, Any] | None = None

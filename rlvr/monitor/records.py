@@ -1,13 +1,15 @@
 """Reads a run directory, also while the run is writing.
 
     run.json                     config, versions, git commit, started, status, resumed
-    steps.jsonl                  {"step", "time", "tokens", "metrics"}, one line per optimizer step
+    steps.jsonl                  {"step", "time", "tokens", "metrics", ...}, one line per optimizer step
     evals.jsonl                  {"step", "time", "metrics", ...}, one line per evaluation
     tokens/step-000012.parquet   a sample of rollouts, one row per sequence, one list per token-level column
     checkpoint-12/               Hugging Face checkpoints, written by the trainer
 
-`time` is in Unix seconds; `tokens` counts the tokens trained on since the start of the run. The files are strict JSON:
-a metric that is not finite is written as the string "NaN", "Infinity" or "-Infinity", and read back as that float.
+`time` is in Unix seconds; `tokens` counts the tokens trained on since the start of the run; `entropy_by_position`,
+where recorded, holds mean entropy and token count of bins of positions that begin at `edges`. The files are strict
+JSON: a metric that is not finite is written as the string "NaN", "Infinity" or "-Infinity", and read back as that
+float.
 """
 
 import json
@@ -70,6 +72,14 @@ def series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], lis
     found = [(record["step"], record["metrics"][name]) for record in records if name in record["metrics"]]
     finite = [(step, value) for step, value in found if math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
+
+
+def rollout_points(records: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(entropy, reward) of each rollout, entropy of the policy that made it: at the first step that trains on it."""
+    wanted = ("entropy/mean", "reward/mean")
+    made = [r["metrics"] for r in records if r["metrics"].get("time/rollout", 0) > 0]
+    points = [(m[wanted[0]], m[wanted[1]]) for m in made if all(name in m for name in wanted)]
+    return [point for point in points if all(map(math.isfinite, point))]
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

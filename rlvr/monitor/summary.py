@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ VERIFIER = ("reward/verifier_timeouts", "reward/verifier_errors", "reward/unscor
 
 @dataclass(frozen=True, slots=True)
 class Heldout:
-    """Mean held-out reward after `step`, with the half width of its 95 % interval if that was recorded."""
+    """Mean held-out reward after `step`, with the half width of its 95 % interval if that was recorded.
+
+    domains: the same of each domain, where the run's task has several.
+    """
 
     step: int
     reward: float
     ci95: float | None
+    domains: "dict[str, Heldout]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +148,16 @@ def format_seconds(seconds: float) -> str:
 def _heldout(evals: Sequence[dict[str, Any]]) -> list[Heldout]:
     found = []
     for record in evals:
-        reward, ci95 = (record["metrics"].get(f"heldout/{name}", math.nan) for name in ("reward", "reward_ci95"))
-        if math.isfinite(reward):
-            found.append(Heldout(record["step"], reward, ci95 if math.isfinite(ci95) else None))
+        of_all = _heldout_of(record["step"], record["metrics"])
+        parts = {name: _heldout_of(record["step"], part) for name, part in record.get("domains", {}).items()}
+        if of_all is not None:
+            found.append(replace(of_all, domains={name: part for name, part in parts.items() if part is not None}))
     return found
+
+
+def _heldout_of(step: int, metrics: dict[str, Any]) -> Heldout | None:
+    reward, ci95 = (metrics.get(f"heldout/{name}", math.nan) for name in ("reward", "reward_ci95"))
+    return Heldout(step, reward, ci95 if math.isfinite(ci95) else None) if math.isfinite(reward) else None
 
 
 def _change(steps: Sequence[dict[str, Any]], name: str) -> Change | None:
@@ -234,6 +244,10 @@ def _quality(summary: Summary) -> list[str]:
     rows = [f"{'':<18}{'before':<30}{'after'}"]
     before, after = (_heldout_text(value) for value in (summary.heldout_before, summary.heldout_after))
     rows.append(f"{'held-out reward':<18}{before:<30}{after}")
+    ends = [value.domains if value else {} for value in (summary.heldout_before, summary.heldout_after)]
+    for domain in {**ends[0], **ends[1]}:
+        before, after = (_heldout_text(end.get(domain)) for end in ends)
+        rows.append(f"{'  ' + domain:<18}{before:<30}{after}")
     for label, change in (("training reward", summary.reward), ("entropy (nats)", summary.entropy)):
         if change is None:
             rows.append(f"{label:<18}not measured")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlvr.errors import ConfigError, unknown
 from rlvr.tasks.names import gym_config_class, resolve
+from rlvr.tasks.schedule import Entries, Stage, parse_stages
 from rlvr.verifiers import import_verifier
 
 TEMPLATE_FIELDS = {"prompt_template": "question", "answer_template": "answer"}
@@ -15,16 +16,26 @@ TEMPLATE_FIELDS = {"prompt_template": "question", "answer_template": "answer"}
 
 @dataclass
 class TaskConfig:
-    """A verifiable task. Every field is a command-line flag of the recipes and a key of their YAML files.
+    """A verifiable task, or several in stages. Every field is a command-line flag of the recipes and a key of their
+    YAML files.
 
     Raises: ConfigError naming the field, its value and the fix; nothing is loaded before all fields are checked.
     """
 
     task: str = field(
+        default="",
         metadata={
             "help": "A reasoning-gym task (`chain_sum` or `reasoning_gym:chain_sum`), gsm8k, math_500, dapo_math_17k, "
             "a local .parquet/.json/.jsonl/.csv file, or a hub dataset `owner/name`. verl's columns are recognized."
-        }
+        },
+    )
+    stages: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of task: what is trained on in turn, as YAML or JSON. An entry is {steps: 300, task: ...} or, "
+            "for a mixture, {steps: 200, tasks: [{task: ..., share: 0.7}, {task: ..., share: 0.3}]}, with any setting "
+            "of a task and a name for it, domain. Settings beside stages are the entries' defaults."
+        },
     )
     task_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the reasoning-gym task, as JSON or YAML: its difficulty."}
@@ -87,12 +98,27 @@ class TaskConfig:
         metadata={"help": "reasoning-gym only: 1 iff its score is at least 1, else 0. False keeps partial credit."},
     )
     verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds one verification may take."})
-    verifier_workers: int = field(default=4, metadata={"help": "Verifier processes per rank."})
+    verifier_workers: int = field(
+        default=4, metadata={"help": "Verifier processes per rank, whatever the number of tasks."}
+    )
 
     def __post_init__(self) -> None:
         self.task_kwargs = self._parsed_kwargs()
         self._check_numbers()
         self._check_templates()
+        self.schedule: tuple[Stage, ...] = () if self.stages is None else self._parsed_stages()
+        if not self.schedule:
+            self._check_task()
+
+    def _parsed_stages(self) -> tuple[Stage, ...]:
+        if self.task:
+            raise ConfigError(f"task={self.task!r} and stages both say what is trained on: remove one")
+        defaults = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stages"}
+        return parse_stages(self.stages, Entries(TaskConfig, defaults))
+
+    def _check_task(self) -> None:
+        if not self.task:
+            raise ConfigError("task is not set: name a task, or give stages")
         source = resolve(self.task)
         for name in ("data_files", "task_split", "heldout_split", "prompt_column", "answer_column"):
             if source.kind == "gym" and getattr(self, name) is not None:

@@ -14,6 +14,8 @@ from rlvr.tasks.gym import generate
 from rlvr.tasks.names import Source, resolve
 from rlvr.tasks.prompts import PromptFormat, choose_format
 from rlvr.tasks.rows import Row, choose_columns, read_dataset, to_rows
+from rlvr.tasks.schedule import Stage
+from rlvr.tasks.stages import join
 from rlvr.verifier_pool import VerifierPool
 from rlvr.verifiers import import_verifier
 
@@ -44,6 +46,8 @@ class Task:
     train, heldout: columns `prompt` (str or list of messages), `question` (str), `answer` (str, "" for a generated
     puzzle without a single reference answer) and what the verifier needs besides. No question is in both.
     reward: TRL's reward-function signature. describe: one line for the run's header.
+    schedule: which prompts are trained on when; then train has the columns `stage` (its number) and `domain` (str),
+    and heldout has `domain`. Empty for a task without stages.
     """
 
     name: str
@@ -51,6 +55,20 @@ class Task:
     heldout: "datasets.Dataset | None"
     reward: Callable[..., list[float | None]]
     describe: str
+    schedule: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTask:
+    """The rows of one task and how they are judged.   verify, kwargs: of a VerifierPool.   stop: of a VerifierReward."""
+
+    train: "datasets.Dataset"
+    heldout: "datasets.Dataset | None"
+    verify: str
+    kwargs: dict[str, Any]
+    stop: str | None
+    describe: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +82,44 @@ class _Split:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """Load or generate the rows of a task and start nothing: verifier processes start at the first reward.
+    """Load or generate the rows of a task, or of all tasks of its stages, and start nothing: verifier processes start
+    at the first reward.
 
     The same config gives the same rows in every process. Held-out rows and examples do not depend on `train_size`.
     Raises: ConfigError for missing columns, empty data, empty prompts or answers, or too few distinct problems.
     """
+    judges = f"{config.verifier_timeout:g} s, {config.verifier_workers} processes per rank"
+    if config.schedule:
+        joined = join(config.schedule, _load_domains(config.schedule))
+        reward = _reward(config, "by_domain", {"domains": joined.verifiers}, joined.columns, stop=None)
+        describe = f"{joined.describe}; {judges}"
+        return Task("stages", joined.train, joined.heldout, reward, describe, config.schedule)
+    task = _load(config)
+    columns = [name for name in task.train.column_names if name != "prompt"]
+    reward = _reward(config, task.verify, task.kwargs, columns, task.stop)
+    describe = f"{task.describe}, {judges}" + (f"; {task.note}" if task.note else "")
+    return Task(name=config.task, train=task.train, heldout=task.heldout, reward=reward, describe=describe)
+
+
+def _reward(
+    config: TaskConfig, verify: str, kwargs: dict[str, Any], columns: Sequence[str], stop: str | None
+) -> VerifierReward:
+    pool = VerifierPool(verify, config.verifier_workers, config.verifier_timeout, kwargs)
+    return VerifierReward(pool, columns, stop)
+
+
+def _load_domains(schedule: Sequence[Stage]) -> dict[str, LoadedTask]:
+    """Each task of the schedule once, by domain."""
+    loaded: dict[str, LoadedTask] = {}
+    for part in (part for stage in schedule for part in stage.parts if part.domain not in loaded):
+        try:
+            loaded[part.domain] = _load(part.task)
+        except ConfigError as error:
+            raise ConfigError(f"{part.where}.{error}") from error
+    return loaded
+
+
+def _load(config: TaskConfig) -> LoadedTask:
     source = resolve(config.task)
     verifier = config.reward
     if verifier == "auto":
@@ -80,24 +131,22 @@ def load_task(config: TaskConfig) -> Task:
     if ":" in config.reward:
         import_verifier(config.reward, train.column_names)
         _check_sendable(config, train[0])
-    heldout = _dataset(split.heldout, split.shots, layout) if split.heldout else None
     kwargs = {}
     if verifier == "reasoning_gym":
         kwargs = {"task": source.name, "task_kwargs": config.task_kwargs, "binary": config.binary_reward}
-    reward = VerifierReward(
-        VerifierPool(verifier, config.verifier_workers, config.verifier_timeout, kwargs),
-        columns=[name for name in train.column_names if name != "prompt"],
-        stop=layout.stop if config.num_shots else None,
-    )
     if split.note:
         logger.warning("task %s: %s", config.task, split.note)
     style = "chat" if layout.chat else "plain"
-    describe = (
-        f"{config.task}: {len(split.train)} train and {len(split.heldout)} held-out {style} prompts, "
-        f"{len(split.shots)} shots; verifier {verifier}, {config.verifier_timeout:g} s, "
-        f"{config.verifier_workers} processes per rank" + (f"; {split.note}" if split.note else "")
+    return LoadedTask(
+        train=train,
+        heldout=_dataset(split.heldout, split.shots, layout) if split.heldout else None,
+        verify=verifier,
+        kwargs=kwargs,
+        stop=layout.stop if config.num_shots else None,
+        describe=f"{config.task}: {len(split.train)} train and {len(split.heldout)} held-out {style} prompts, "
+        f"{len(split.shots)} shots; verifier {verifier}",
+        note=split.note,
     )
-    return Task(name=config.task, train=train, heldout=heldout, reward=reward, describe=describe)
 
 
 def _gym_split(config: TaskConfig, source: Source, verifier: str) -> _Split:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
+from rlvr.law import fit_law
 from rlvr.monitor.recorder import Recorder
-from rlvr.monitor.records import read_evals
+from rlvr.monitor.records import read_evals, read_steps, rollout_points
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.header import header
 from rlvr.types import Coefficients, Tokens
@@ -17,10 +18,12 @@ from rlvr.types import Coefficients, Tokens
 if TYPE_CHECKING:
     from rlvr.trainers.grpo import GRPOTrainer
 
+LAW_EVERY = 10  # optimizer steps
+LAW_NUMBERS = ("a", "b", "ceiling", "ceiling_low", "ceiling_high", "r2", "r2_linear")
 PHASES = ("rollout", "sync_weights", "verify", "old_logps")
 
 
-class RunCallback(TrainerCallback):
+class RunCallback(TrainerCallback, ExportableState):
     """Writes the run directory, on the main process; takes part in the reductions on all of them."""
 
     def __init__(self, trainer: "GRPOTrainer") -> None:
@@ -29,6 +32,11 @@ class RunCallback(TrainerCallback):
         self._seen: set[int] = set()
         self._sampled_step = -1
         self._rows: list[dict[str, Any]] = []
+        self._points: list[tuple[float, float]] = []  # entropy and reward of each rollout
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in its trainer_state.json; read again by `resume.saved_state`."""
+        return {"args": {}, "attributes": self._trainer.steering.state_dict()}
 
     def open(self, resume_step: int | None) -> None:
         """Start the records of a run, or continue them after the checkpoint of `resume_step`."""
@@ -46,6 +54,7 @@ class RunCallback(TrainerCallback):
             self._recorder = Recorder(output_dir, config)
         else:
             self._recorder = Recorder.resume(output_dir, resume_step, config)
+            self._points = rollout_points(read_steps(output_dir))
 
     @property
     def is_open(self) -> bool:
@@ -71,11 +80,13 @@ class RunCallback(TrainerCallback):
         self._trainer.close_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metrics = {**self._trainer.step_metrics, **self._times()}
+        measured = self._trainer.probe.measure()
+        metrics = {**self._trainer.step_metrics, **measured, **self._times()}
         for name, value in metrics.items():
             self._trainer._metrics["train"][name].append(value)
         if self._recorder is not None:
-            self._recorder.record_step(state.global_step, metrics)
+            metrics |= self._law(state.global_step, metrics)
+            self._recorder.record_step(state.global_step, metrics, self._trainer.diagnostics.by_position)
             if self._rows:
                 columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
                 self._recorder.record_tokens(state.global_step, columns)
@@ -83,6 +94,16 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish("finished" if state.global_step >= state.max_steps else "interrupted")
+
+    def _law(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """R = -a exp(H) + b over the rollouts so far, each at the policy that made it; now and then."""
+        self._points += rollout_points([{"metrics": metrics}])
+        if step % LAW_EVERY or len(self._points) < 3:
+            return {}
+        fit = fit_law(*zip(*self._points, strict=True))
+        numbers = {f"law/{name}": getattr(fit, name) for name in LAW_NUMBERS}
+        numbers["law/holds"] = {"holds": 1.0, "not yet": 0.0, "does not hold here": -1.0}[fit.verdict]
+        return {name: value for name, value in numbers.items() if value == value}
 
     def finish(self, status: str) -> None:
         """Say in the run's records how it ended."""

@@ -16,6 +16,8 @@ from rlvr.errors import ConfigError
 from rlvr.objective import Aggregation
 from rlvr.rollout.cpu_engine import require_vllm
 from rlvr.surrogates import Surrogate
+from rlvr.thermostat import Thermostat
+from rlvr.trainers.control_choice import check_controls, check_updates, choose_thermostat
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
@@ -28,10 +30,10 @@ LOSS_TYPES: dict[str, Aggregation] = {
 }
 # Fields of TRL that would say the same thing twice, with what says it here.
 SAID_BY_A_CONTROL = {
-    "entropy_coef": "it changes the entropy behind the controls' back; rlvr has clip_cov and kl_cov under `controls`",
-    "use_adaptive_entropy": "it moves a coefficient behind the controls' back; choose a control under `controls`",
-    "top_entropy_quantile": "it masks tokens behind the controls' back; choose a control under `controls`",
-    "off_policy_mask_threshold": "it masks sequences behind the controls' back; leave it unset",
+    "entropy_coef": "write controls: [{name: entropy_bonus, coef: ...}]",
+    "use_adaptive_entropy": "write controls: [{name: adaptive_entropy, target: ...}]",
+    "top_entropy_quantile": "write controls: [{name: high_entropy, fraction: ...}]",
+    "off_policy_mask_threshold": "write controls: [{name: off_policy_mask, delta: ...}]",
 }
 
 
@@ -52,12 +54,23 @@ class GRPOConfig(trl.GRPOConfig):
     surrogate: str | None = field(
         default=None,
         metadata={
-            "help": "ppo_clip, unclipped, cispo or gspo, or a mapping such as {name: ppo_clip, high: 0.28}. Default: "
-            "what the control's paper uses, else the PPO clip of epsilon, epsilon_high and delta (dual clip)."
+            "help": "ppo_clip, unclipped, gpg, sapo, cispo, dppo, gspo, gmpo, or e.g. {name: ppo_clip, high: 0.28}. "
+            "Default: what the control's paper uses, else the PPO clip of epsilon, epsilon_high and delta (dual clip)."
+        },
+    )
+    thermostat: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold entropy in a band by moving a control's hyper-parameter, such as {lever: kl_cov.coef, "
+            "low: 0.3, high: 0.5, lowest: 0.0, highest: 10.0}; JSON on the CLI."
         },
     )
     advantage_estimator: str = field(
         default="group_relative", metadata={"help": "group_relative (with scale_rewards) or leave_one_out."}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "z-loss on the routers of a mixture of experts; load balancing is router_aux_loss_coef."},
     )
     mismatch_tolerance: float | None = field(
         default=None,
@@ -66,6 +79,21 @@ class GRPOConfig(trl.GRPOConfig):
             "tokens. Default: by the dtypes of the two."
         },
     )
+    pass_reward: float = field(
+        default=1.0, metadata={"help": "The least reward of a completion that counts as correct in pass@k."}
+    )
+    diagnostics: bool = field(
+        default=True,
+        metadata={"help": "Record how covariance and entropy are spread over tokens and positions, every step."},
+    )
+    probe_sequences: int = field(
+        default=0,
+        metadata={
+            "help": "Sequences per process on which each watched step's entropy change is predicted and measured, by "
+            "two more forward passes over them; 0: none."
+        },
+    )
+    probe_every: int = field(default=1, metadata={"help": "Watch every this many optimizer steps."})
     record_sequences: int = field(
         default=16,
         metadata={"help": "Sequences of each rollout written with their tokens to the run directory; 0: none."},
@@ -98,6 +126,8 @@ class GRPOConfig(trl.GRPOConfig):
         self._check_batches()
         self.control_list: tuple[Control, ...] = build_controls(parse_list("controls", self.controls))
         self.surrogate_fn: Surrogate = choose_surrogate(self)
+        self.thermostat_config: Thermostat | None = choose_thermostat(self)
+        check_controls(self)
         # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -105,6 +135,8 @@ class GRPOConfig(trl.GRPOConfig):
 
     @property
     def aggregation(self) -> Aggregation:
+        if any(control.name == "token_budget" for control in self.control_list):
+            return "token_budget"
         return LOSS_TYPES[self.loss_type]
 
     @property
@@ -153,13 +185,16 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(
                 "scale_rewards=batch has no effect on advantage_estimator=leave_one_out: unset one of them"
             )
-        if self.record_sequences < 0:
-            raise ConfigError(f"record_sequences={self.record_sequences}: must be >= 0")
+        for name, least in {"record_sequences": 0, "probe_sequences": 0, "probe_every": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be >= {least}")
         if self.vllm_dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
         if self.use_vllm:
             require_vllm()
         self._warn_of_truncated_sampling()
+        if not 0 <= self.router_z_loss_coef < math.inf:
+            raise ConfigError(f"router_z_loss_coef={self.router_z_loss_coef}: must be a number >= 0")
         if self.mismatch_tolerance is not None and not self.mismatch_tolerance > 0:
             raise ConfigError(f"mismatch_tolerance={self.mismatch_tolerance}: must be positive, in nats")
 
@@ -223,19 +258,13 @@ class GRPOConfig(trl.GRPOConfig):
                 f"per_device_eval_batch_size={self.per_device_eval_batch_size} gives {at_once} completions at once, "
                 f"no whole groups of num_generations_eval={samples}: nearest are {_nearest(at_once, samples)} in all"
             )
-        updates, micro_batches = self.updates_per_rollout, self.num_iterations * self.steps_per_generation
+        micro_batches = self.num_iterations * self.steps_per_generation
         if micro_batches % self.gradient_accumulation_steps and self.gradient_accumulation_steps % micro_batches:
             raise ConfigError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} and micro-batches per rollout "
                 f"{micro_batches} (steps_per_generation * num_iterations): one must divide the other"
             )
-        for control in self.control_list:
-            if control.off_policy_only and updates <= 1:
-                raise ConfigError(
-                    f"controls {control.name} does nothing with {updates:g} update(s) per rollout, since old and "
-                    "current policy are equal: set num_iterations >= 2 or steps_per_generation >= "
-                    f"{2 * self.gradient_accumulation_steps}"
-                )
+        check_updates(self)
 
 
 def _nearest(value: int, unit: int) -> str:

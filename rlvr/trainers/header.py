@@ -74,7 +74,11 @@ def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
         rows.append(("control", f"{control.name}: {_settings(control)}"))
     if not args.control_list:
         rows.append(("control", "none"))
-    if args.beta:
+    if args.thermostat_config is not None:
+        one = args.thermostat_config
+        moves = f"moves {one.lever} within [{one.lowest:g}, {one.highest:g}]"
+        rows.append(("thermostat", f"holds entropy in [{one.low:g}, {one.high:g}] nats: {moves}"))
+    if args.beta and "reference_kl" not in [control.name for control in args.control_list]:
         rows.append(("reference KL", f"beta {args.beta:g}"))
     if trainer.use_vllm and args.vllm_importance_sampling_correction:
         rows.append(

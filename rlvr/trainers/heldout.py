@@ -1,11 +1,15 @@
 """Held-out reward with an interval: the number that says whether training helped."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from torch import Tensor
+
+from rlvr.diagnostics import pass_at_k
 
 
 def heldout_reward(rewards: Tensor, samples: int) -> dict[str, float]:
@@ -25,6 +29,32 @@ def heldout_reward(rewards: Tensor, samples: int) -> dict[str, float]:
     }
 
 
+def domain_rewards(rewards: Tensor, samples: int, domains: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`heldout_reward` and the number of prompts of each domain. rewards [P * k], domains [P * k]: of every sample."""
+    found = {}
+    for domain in sorted(set(domains)):
+        mine = torch.tensor([name == domain for name in domains], device=rewards.device)
+        found[domain] = {**heldout_reward(rewards[mine], samples), "prompts": int(mine.sum()) // samples}
+    return found
+
+
+def pass_rates(rewards: Tensor, samples: int, threshold: float) -> dict[int, float]:
+    """pass@k by k, for powers of two up to `samples`, over the prompts with that many scored samples.
+
+    rewards [P * samples]: samples of a prompt stand together; NaN where a sample could not be scored.
+    threshold: the least reward of a correct completion.
+    """
+    per_prompt = rewards.view(-1, samples)
+    scored, correct = (~per_prompt.isnan()).sum(dim=1), (per_prompt >= threshold).sum(dim=1)
+    rates, k = {}, 1
+    while k <= samples:
+        enough = scored >= k
+        if enough.any():
+            rates[k] = float(pass_at_k(scored[enough], correct[enough], k).mean())
+        k *= 2
+    return rates
+
+
 class HeldOutTrainer(trl.GRPOTrainer):
     """TRL's trainer with an evaluation that samples and scores, and computes no loss: what counts is the reward."""
 
@@ -38,6 +68,8 @@ class HeldOutTrainer(trl.GRPOTrainer):
         self._calculate_rewards(inputs, prompts, completions, ids)
         assert self._rewards is not None
         self._heldout.append(self._rewards)
+        if "domain" in inputs[0]:
+            self._domains += gather_object([row["domain"] for row in inputs])
         self._pending_metrics.clear()  # what the reward functions logged would be counted to the next training rollout
         self._pending_extra_logs.clear()
         return None, None, None
@@ -48,12 +80,19 @@ class HeldOutTrainer(trl.GRPOTrainer):
         Random numbers are the evaluation's own, the same each time: measuring does not change what is trained.
         """
         self._heldout: list[Tensor] = []
+        self._domains: list[str] = []
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed + 1 + self.accelerator.process_index)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         samples = self.num_generations_eval
         prompts = min(len(dataloader.dataset), sum(map(len, self._heldout)) // samples)
-        held = heldout_reward(torch.cat(self._heldout)[: prompts * samples], samples)  # the rest pads the last batch
-        self.run_callback.record_eval(held, {"prompts": prompts, "samples_per_prompt": samples})
+        rewards = torch.cat(self._heldout)[: prompts * samples]  # the rest pads the last batch
+        held = heldout_reward(rewards, samples)
+        rates = pass_rates(rewards, samples, self.args.pass_reward)
+        held |= {f"heldout/pass_at_{k}": rate for k, rate in rates.items()}
+        details: dict[str, Any] = {"prompts": prompts, "samples_per_prompt": samples}
+        if self._domains:
+            details["domains"] = domain_rewards(rewards, samples, self._domains[: prompts * samples])
+        self.run_callback.record_eval(held, details)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in held.items()})
         return output

@@ -7,11 +7,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rlvr.controls.covariance import covariance
+from rlvr.diagnostics import doubling_edges, entropy_by_position, quantile_shares, top_share_means
 from rlvr.objective import reference_kl
 from rlvr.rollout.parity import Mismatch
 from rlvr.surrogates import Clipped
 from rlvr.trainers.distributed import AcceleratorReduce, reduce_means
-from rlvr.types import Coefficients, Mean, Metrics, Tokens
+from rlvr.types import Coefficients, Mean, Metrics, Reduce, Tokens
 
 
 @torch.no_grad()
@@ -111,3 +113,50 @@ def _over_rollouts(name: str, values: list[float]) -> float:
 def _add(into: dict[str, Mean], means: Metrics) -> None:
     for name, mean in means.items():
         into[name] = into[name] + mean if name in into else mean
+
+
+class TokenDiagnostics:
+    """How covariance and entropy are spread over the tokens of a step, over all ranks; nothing when not `active`."""
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+        self._tokens: list[dict[str, Tensor]] = []
+        self.by_position: dict[str, list[float]] = {}
+
+    def add(self, tokens: Tokens) -> None:
+        """One micro-batch."""
+        if self._active and tokens.entropy is not None and tokens.position is not None:
+            columns = {"logps": tokens.logps, "advantages": tokens.advantages, "entropy": tokens.entropy}
+            self._tokens.append({k: x.detach() for k, x in columns.items()} | {"position": tokens.position})
+
+    def close(self, reduce: Reduce) -> dict[str, float]:
+        """The step's metrics, and its entropy by position in `by_position`; starts anew."""
+        if not self._active:
+            return {}
+        assert self._tokens, "a step without a micro-batch"
+        step = {name: torch.cat([part[name] for part in self._tokens]) for name in self._tokens[0]}
+        self._tokens = []
+        nothing = torch.zeros_like(step["position"])
+        logps, advantages = step["logps"], step["advantages"].to(step["logps"].dtype)
+        tokens = Tokens(logps=logps, old_logps=logps, advantages=advantages, sequence=nothing, num_sequences=1)
+        cov, total = covariance(tokens, reduce)
+        if not total:
+            return {}
+        edges = doubling_edges(16, _longest(step["position"], reduce))
+        bins = entropy_by_position(step["position"], step["entropy"], edges)
+        sums = reduce.sum(torch.stack([torch.stack([b.total.to(cov.device), b.count.to(cov.device)]) for b in bins]))
+        self.by_position = {
+            "edges": [float(edge) for edge in edges],
+            "mean": [float(x / n) if n else 0.0 for x, n in sums],
+            "count": [float(n) for _, n in sums],
+        }
+        found = {"covariance/mean": float(reduce.sum(cov.sum())) / total}
+        found |= {f"covariance/top_{100 * q:g}pct": m.value() for q, m in top_share_means(cov, reduce=reduce).items()}
+        shares = quantile_shares(step["entropy"], reduce=reduce)
+        return found | {f"entropy/share_top_{100 - 100 * q:g}pct": m.value() for q, m in shares.items() if m.total}
+
+
+def _longest(position: Tensor, reduce: Reduce) -> int:
+    """Positions in the longest response of all ranks."""
+    last = position.new_zeros(1) if position.numel() == 0 else position.max().unsqueeze(0) + 1
+    return int(reduce.gather(last).max())

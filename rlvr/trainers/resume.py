@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlvr.errors import ConfigError
 from rlvr.monitor.records import holds_run
@@ -47,6 +48,12 @@ def resolve_checkpoint(output_dir: str, requested: str | bool | None) -> str | N
 def checkpoint_step(checkpoint: str) -> int:
     """The optimizer step after which the checkpoint was written."""
     return int(json.loads((Path(checkpoint) / STATE).read_text())["global_step"])
+
+
+def saved_state(checkpoint: str, callback: str) -> dict[str, Any]:
+    """What a callback of this name wrote into the checkpoint by its `state`; empty if it wrote nothing."""
+    saved = json.loads((Path(checkpoint) / STATE).read_text()).get("stateful_callbacks") or {}
+    return dict(saved.get(callback, {}).get("attributes", {}))
 
 
 def _complete_checkpoints(output_dir: str) -> list[Path]:

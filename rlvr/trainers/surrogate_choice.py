@@ -9,7 +9,7 @@ import trl
 
 from rlvr.controls import build
 from rlvr.errors import ConfigError
-from rlvr.surrogates import SURROGATES, Cispo, Gspo, PpoClip, Surrogate
+from rlvr.surrogates import SURROGATES, Cispo, Gmpo, Gspo, PpoClip, Surrogate
 
 if TYPE_CHECKING:
     from rlvr.trainers.config import GRPOConfig
@@ -37,7 +37,7 @@ def choose_surrogate(args: "GRPOConfig") -> Surrogate:
                 )
         if args.loss_type == "cispo" and name != "cispo":
             raise ConfigError(f"loss_type=cispo and surrogate={name} name two surrogates: use loss_type: dapo")
-    if isinstance(surrogate, Gspo) and args.loss_type != "grpo":
+    if isinstance(surrogate, Gspo | Gmpo) and args.loss_type != "grpo":
         raise ConfigError(
             f"loss_type={args.loss_type} would weight a sequence's ratio by its length: use loss_type: grpo"
         )

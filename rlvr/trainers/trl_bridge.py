@@ -1,6 +1,6 @@
 """The only place that knows TRL's names: keys of its batch dicts, arguments of its forward, keys of its metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,53 +70,81 @@ def number_sequences(batch: dict[str, Any], rank: int) -> None:
     batch[SEQUENCE] = torch.arange(rank * rows, (rank + 1) * rows, device=batch["completion_ids"].device)
 
 
-def tokens_of(
-    batch: Mapping[str, Any], logps: Tensor, old_logps: Tensor, entropy: Tensor | None, *, seed: int, step: int
-) -> Tokens:
+def tokens_of(batch: Mapping[str, Any], statistics: Mapping[str, Tensor | None], *, seed: int, step: int) -> Tokens:
     """The trained tokens of a batch.
 
-    logps, old_logps, entropy: (B, T).   seed, step: of the run and of the rollout, for the tokens' random keys.
+    statistics: fields of Tokens that a model computed, each (B, T).   seed, step: of the run and of the rollout, for
+    the tokens' random keys.
     """
     mask = trained_mask(batch)
     sequence = batch[SEQUENCE].unsqueeze(1).expand_as(mask)
     position = torch.arange(mask.size(1), device=mask.device).expand_as(mask)
     return Tokens.from_padded(
         mask,
-        logps=logps,
-        old_logps=old_logps,
         advantages=batch["advantages"],
-        entropy=entropy,
         rollout_logps=batch.get("sampling_per_token_logps"),
         ref_logps=batch.get("ref_per_token_logps"),
         key=token_keys(seed, step, sequence, position),
+        **statistics,
     )
 
 
-def attach(batch: dict[str, Any], coefficients: Coefficients) -> None:
-    """Put the coefficients [N] of the whole rollout into its batch as (B, T) tensors."""
+def attach(batch: dict[str, Any], by_control: Mapping[str, Coefficients]) -> None:
+    """Put each control's coefficients [N] into the batch as (B, T) tensors."""
     mask = trained_mask(batch)
+    for control, coefficients in by_control.items():
+        for name, value in coefficients.present().items():
+            padded = torch.zeros(mask.shape, dtype=value.dtype, device=mask.device)
+            padded[mask] = value
+            batch[f"{_COEFFICIENT}{control}/{name}"] = padded
+
+
+def attached(batch: Mapping[str, Any]) -> dict[str, Coefficients]:
+    """The coefficients [N] that `attach` put into the rollout, by control, for the tokens of this micro-batch."""
+    mask = trained_mask(batch)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in batch.items():
+        if key.startswith(_COEFFICIENT):
+            control, _, name = key.removeprefix(_COEFFICIENT).partition("/")
+            found.setdefault(control, {})[name] = value[mask]
+    return {control: Coefficients(**values) for control, values in found.items()}
+
+
+def attach_step(batches: Sequence[dict[str, Any]], control: str, coefficients: Coefficients) -> None:
+    """`attach` for coefficients of the tokens of several micro-batches, one batch after the other."""
+    counts = [int(trained_mask(batch).sum()) for batch in batches]
     for name, value in coefficients.present().items():
-        padded = torch.zeros(mask.shape, dtype=value.dtype, device=mask.device)
-        padded[mask] = value
-        batch[_COEFFICIENT + name] = padded
+        for batch, part in zip(batches, value.split(counts), strict=True):
+            attach(batch, {control: Coefficients(**{name: part})})
 
 
-def attached(batch: Mapping[str, Any]) -> Coefficients:
-    """The coefficients [N] that `attach` put into the rollout, for the tokens of this micro-batch."""
-    mask = trained_mask(batch)
-    found = {
-        name.removeprefix(_COEFFICIENT): value[mask] for name, value in batch.items() if name.startswith(_COEFFICIENT)
-    }
-    return Coefficients(**found)
+def step_tokens(batches: Sequence[Mapping[str, Any]], *, seed: int, step: int) -> Tokens:
+    """The trained tokens of an optimizer step's micro-batches, before anything but their places is known."""
+    mask = [trained_mask(batch) for batch in batches]
+    rows = torch.cat([batch[SEQUENCE] for batch in batches])
+    sequence = torch.arange(len(rows), device=rows.device)
+    per_batch = sequence.split([len(m) for m in mask])
+    sequence = torch.cat([s.unsqueeze(1).expand_as(m)[m] for s, m in zip(per_batch, mask, strict=True)])
+    position = torch.cat([torch.arange(m.size(1), device=m.device).expand_as(m)[m] for m in mask])
+    unknown = torch.zeros(len(sequence), device=sequence.device)
+    return Tokens(
+        logps=unknown,
+        old_logps=unknown,
+        advantages=unknown,
+        sequence=sequence,
+        num_sequences=len(rows),
+        position=position,
+        key=token_keys(seed, step, rows[sequence], position),
+    )
 
 
-def engine_correction(batch: Mapping[str, Any]) -> Coefficients:
-    """TRL's engine/trainer importance correction, (B, T) or (B, 1), as a weight."""
+def engine_correction(batch: Mapping[str, Any]) -> dict[str, Coefficients]:
+    """TRL's engine/trainer importance correction, (B, T) or (B, 1), as the weight of one more control, if it is on."""
     ratio = batch.get("importance_sampling_ratio")
     if ratio is None:
-        return Coefficients()
+        return {}
     mask = trained_mask(batch)
-    return Coefficients(weight=ratio.expand_as(mask)[mask])
+    return {"engine_correction": Coefficients(weight=ratio.expand_as(mask)[mask])}
 
 
 def count_trained(batch: dict[str, Any], reduce: Reduce) -> dict[str, float]:
@@ -125,8 +153,9 @@ def count_trained(batch: dict[str, Any], reduce: Reduce) -> dict[str, float]:
     A token that a control took out (`keep`) counts nowhere; a sequence without tokens is no part of a mean.
     """
     mask = trained_mask(batch)
-    if _COEFFICIENT + "keep" in batch:
-        mask = mask & batch[_COEFFICIENT + "keep"]
+    for key, value in batch.items():
+        if key.startswith(_COEFFICIENT) and key.endswith("/keep"):
+            mask = mask & value
     counts = torch.stack(
         [
             mask.sum(),

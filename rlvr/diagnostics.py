@@ -1,0 +1,117 @@
+"""What a batch of tokens or samples looks like beyond its mean: extremes, positions, concentration, coverage."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rlvr.types import LocalReduce, Mean, Reduce
+
+TOP_SHARES = (0.0002, 0.002, 0.02, 0.2)
+QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.99)
+
+
+def top_share_means(
+    values: Tensor, shares: Sequence[float] = TOP_SHARES, reduce: Reduce | None = None
+) -> dict[float, Mean]:
+    """Mean of the largest `share` of all tokens' values, by share; the same on every rank.
+
+    values: [N] of this rank, such as the covariances of `rlvr.controls.covariance`.   shares: in (0, 1]; of n tokens
+    over all ranks, max(int(share n), 1) are averaged. Without a token the mean is NaN.
+    Raises: ValueError if a share lies outside (0, 1].   Ref: Cui et al. 2025, arXiv 2505.22617, Table 1.
+    """
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: must lie in (0, 1]")
+    reduce = reduce or LocalReduce()
+    total = _count(values, reduce)
+    counts = [min(max(int(share * total), 1), total) for share in shares]
+    sums = _largest_sums(values, counts, reduce)
+    return {
+        share: Mean(top, torch.tensor(float(count), dtype=torch.float64, device=values.device))
+        for share, count, top in zip(shares, counts, sums, strict=True)
+    }
+
+
+def quantile_shares(
+    entropy: Tensor, quantiles: Sequence[float] = QUANTILES, reduce: Reduce | None = None
+) -> dict[float, Mean]:
+    """Share of all entropy that sits in the tokens above a quantile, by quantile; the same on every rank.
+
+    At quantile q of n tokens over all ranks: (sum over the n - ceil(q n) tokens of largest entropy) / (sum over all).
+    1 - q if all tokens are alike, near 1 if few tokens carry it all. NaN if there is none.
+    entropy: [N] of this rank, nats, >= 0.   quantiles: in [0, 1].
+    Raises: ValueError if a quantile lies outside [0, 1].
+    """
+    for q in quantiles:
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile={q}: must lie in [0, 1]")
+    reduce = reduce or LocalReduce()
+    total = _count(entropy, reduce)
+    counts = [total - math.ceil(q * total - 1e-9) for q in quantiles]  # 0.07 * 100 is 7.000000000000001
+    everything = reduce.sum(entropy.detach().double().sum())
+    sums = _largest_sums(entropy, counts, reduce)
+    return {q: Mean(top, everything) for q, top in zip(quantiles, sums, strict=True)}
+
+
+def doubling_edges(first: int, longest: int) -> tuple[int, ...]:
+    """0, first, 3 first, 7 first, ... below `longest`: where bins that double in width begin.
+
+    Raises: ValueError if first is below 1.
+    """
+    if first < 1:
+        raise ValueError(f"first={first}: the first bin must hold at least 1 position")
+    edges = [0]
+    while edges[-1] * 2 + first < longest:
+        edges.append(edges[-1] * 2 + first)
+    return tuple(edges)
+
+
+def entropy_by_position(position: Tensor, entropy: Tensor, edges: Sequence[int]) -> tuple[Mean, ...]:
+    """Mean entropy of the tokens in each bin of positions, as (sum, count).
+
+    position: [N], int64, of the token in its response.   entropy: [N], nats.   edges: where the bins begin, increasing
+    from 0; the last bin has no end, so that every token is in one.
+    Raises: ValueError if edges do not start at 0 or do not increase, or shapes differ.
+    """
+    if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"edges={tuple(edges)}: must start at 0 and increase")
+    if position.shape != entropy.shape:
+        raise ValueError(f"position has shape {tuple(position.shape)}, entropy has {tuple(entropy.shape)}")
+    starts = torch.tensor(edges[1:], dtype=position.dtype, device=position.device)
+    index = torch.bucketize(position, starts, right=True)
+    return tuple(Mean.of(entropy[index == i]) for i in range(len(edges)))
+
+
+def pass_at_k(num_samples: Tensor, num_correct: Tensor, k: int) -> Tensor:
+    """1 - C(n - c, k) / C(n, k): the chance that k of a problem's n samples, drawn without replacement, have a hit.
+
+    Unbiased for the chance that k fresh samples have one.   num_samples, num_correct: [P] whole numbers.
+    Returns [P] float64. Raises: ValueError if a c lies outside [0, n] or k outside [1, n].
+    Ref: Chen et al. 2021, arXiv 2107.03374, Eq. 1.
+    """
+    n, c = num_samples.double(), num_correct.double()
+    if n.shape != c.shape or n.dim() != 1:
+        raise ValueError(f"num_samples and num_correct must both be [P], got {tuple(n.shape)} and {tuple(c.shape)}")
+    if not bool(((c >= 0) & (c <= n)).all()):
+        raise ValueError("num_correct must lie in [0, num_samples] for every problem")
+    fewest = int(n.min()) if n.numel() else max(k, 1)
+    if not 1 <= k <= fewest:
+        raise ValueError(f"k={k}: must lie in [1, {fewest}], the smallest num_samples")
+    drawn = torch.arange(k, dtype=torch.float64, device=n.device)
+    missed = (n - c).unsqueeze(1) - drawn  # a product, not lgamma: 0 hits must give exactly 0
+    return 1 - (missed.clamp(min=0) / (n.unsqueeze(1) - drawn)).prod(1)
+
+
+def _count(values: Tensor, reduce: Reduce) -> int:
+    return int(reduce.sum(torch.tensor(values.numel(), dtype=torch.int64, device=values.device)))
+
+
+def _largest_sums(values: Tensor, counts: Sequence[int], reduce: Reduce) -> list[Tensor]:
+    """Sum of the k largest values over all ranks, float64, for each k of counts. No rank sends more than max(k)."""
+    mine = values.detach().double()
+    candidates = reduce.gather(mine.topk(min(max(counts, default=0), mine.numel())).values)
+    sums = candidates.sort(descending=True).values.cumsum(0)
+    return [sums[k - 1] if k else sums.new_zeros(()) for k in counts]

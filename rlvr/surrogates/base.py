@@ -1,0 +1,67 @@
+"""What a surrogate is: a frozen dataclass of hyper-parameters that gives each token a loss, [N] in and [N] out.
+
+Losses are minimized; aggregation is elsewhere. The importance ratio is an argument, so that it is computed once for
+everything that uses it.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rlvr.types import Tokens
+
+LOG_RATIO_LIMIT = 20.0
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision holds neither a ratio nor the length of a sequence."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def log_ratio(tokens: Tokens) -> Tensor:
+    """log pi - log pi_old [N], at least float32."""
+    return at_least_float32(tokens.logps) - at_least_float32(tokens.old_logps)
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """The ratio of a log-ratio clamped to +-20: positive and finite for a log-ratio of +-inf, too."""
+    return torch.exp(x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def check_region(low: float, high: float) -> None:
+    for name, value in (("low", low), ("high", high)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value}: must be >= 0")
+
+
+class Clipped(NamedTuple):
+    """Tokens that have left the trust region on the side that their advantage pushes to; bool [N], detached."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def any(self) -> Tensor:
+        return self.low | self.high
+
+
+class Surrogate(Protocol):
+    def ratio(self, tokens: Tokens) -> Tensor:
+        """The importance ratio that the surrogate uses, of tokens or of their sequences, [N]."""
+
+    def loss(self, ratio: Tensor, tokens: Tokens) -> Tensor:
+        """Loss of each token, [N]."""
+
+    def clipped(self, ratio: Tensor, tokens: Tokens) -> Clipped:
+        """Where the surrogate's bound is active."""
+
+
+class TokenRatio:
+    """Surrogates of the token-level ratio."""
+
+    __slots__ = ()
+
+    def ratio(self, tokens: Tokens) -> Tensor:
+        """pi / pi_old [N]; the log-ratio is clamped to +-20 before exp."""
+        return bounded_exp(log_ratio(tokens))

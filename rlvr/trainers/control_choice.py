@@ -1,0 +1,78 @@
+"""What controls, thermostat and TRL's fields demand of each other, checked before any model is loaded."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rlvr.controls import construct
+from rlvr.errors import ConfigError
+from rlvr.thermostat import Thermostat
+from rlvr.trainers.steering import find_lever
+from rlvr.trainers.surrogate_choice import parse, trl_default
+
+if TYPE_CHECKING:
+    from rlvr.trainers.config import GRPOConfig
+
+
+def choose_thermostat(args: "GRPOConfig") -> Thermostat | None:
+    """The thermostat of a run, able to start at its lever's present value. Raises: ConfigError."""
+    spec = parse("thermostat", args.thermostat)
+    if spec is None or spec == "none":
+        return None
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"thermostat={spec!r}: write a mapping with lever, low, high, lowest and highest")
+    thermostat: Thermostat = construct("thermostat", Thermostat, spec)
+    lever = find_lever(thermostat, args.control_list, args.surrogate_fn)
+    try:
+        thermostat.start(lever.value, lever.direction)
+    except ValueError as error:
+        raise ConfigError(f"thermostat: {error}") from error
+    return thermostat
+
+
+def check_controls(args: "GRPOConfig") -> None:
+    """Settle what controls and TRL's fields both have a say in: aggregation, reference KL, engine correction.
+
+    Sets `beta` and `vllm_importance_sampling_correction` for the controls that take their place.
+    Raises: ConfigError where two would say the same thing, or one would do nothing.
+    """
+    controls = {control.name: control for control in args.control_list}
+    if "adaptive_entropy" in controls and args.thermostat_config is not None:
+        raise ConfigError("controls adaptive_entropy and thermostat both steer entropy: use one of them")
+    if "token_budget" in controls and args.loss_type != "dapo":
+        raise ConfigError(
+            f"loss_type={args.loss_type} and controls token_budget both choose the denominator: use loss_type: dapo"
+        )
+    if "reference_kl" in controls:
+        if args.beta:
+            raise ConfigError(f"beta={args.beta} and controls reference_kl say the same thing twice: set one")
+        args.beta = controls["reference_kl"].coef  # type: ignore[attr-defined]  # TRL then computes ref_logps
+    corrections = [f"controls {name}" for name, control in controls.items() if "rollout_logps" in control.needs]
+    if getattr(args.surrogate_fn, "anchor", "old") == "rollout":
+        corrections.append("surrogate anchor=rollout")
+    if corrections:
+        _replace_engine_correction(args, corrections[0])
+
+
+def _replace_engine_correction(args: "GRPOConfig", name: str) -> None:
+    if not args.use_vllm:
+        raise ConfigError(f"{name} does nothing without an engine of its own log-probs: set use_vllm: true")
+    for field in ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"):
+        if getattr(args, field) != trl_default(field):
+            raise ConfigError(f"{field}={getattr(args, field)} and {name} would correct twice: unset it")
+    args.vllm_importance_sampling_correction = False
+
+
+def check_updates(args: "GRPOConfig") -> None:
+    """After TRL has resolved the batch sizes: refuse controls that would do nothing, or half of it."""
+    for control in args.control_list:
+        if control.off_policy_only and args.updates_per_rollout <= 1:
+            raise ConfigError(
+                f"controls {control.name} does nothing with {args.updates_per_rollout:g} update(s) per rollout, since "
+                "old and current policy are equal: set num_iterations >= 2 or steps_per_generation >= "
+                f"{2 * args.gradient_accumulation_steps}"
+            )
+        if control.name == "token_budget" and args.steps_per_generation % args.gradient_accumulation_steps:
+            raise ConfigError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} must divide steps_per_generation="
+                f"{args.steps_per_generation}: controls token_budget needs whole optimizer steps in a rollout"
+            )

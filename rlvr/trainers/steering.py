@@ -1,0 +1,129 @@
+"""The controls, surrogate and thermostat of a run as they stand now: what may change from step to step lives here."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rlvr.controls import Control, decide
+from rlvr.controls.base import Outcome, Scope
+from rlvr.errors import ConfigError, unknown
+from rlvr.surrogates import Clipped, Surrogate
+from rlvr.thermostat import Thermostat, ThermostatState
+from rlvr.types import Coefficients, Metrics, Reduce, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A hyper-parameter that a thermostat moves: of the control `owner`, or of the surrogate."""
+
+    owner: str
+    field: str
+    value: float
+    direction: int
+
+
+class Steering:
+    """Holds the frozen controls, and replaces them by their successors after each optimizer step."""
+
+    def __init__(
+        self, controls: tuple[Control, ...], surrogate: Surrogate, thermostat: Thermostat | None = None
+    ) -> None:
+        self.controls = {control.name: control for control in controls}
+        self.surrogate = surrogate
+        self.thermostat = thermostat
+        self._started: dict[str, Control] = dict(self.controls)
+        self._state: ThermostatState | None = None
+        if thermostat is not None:
+            lever = find_lever(thermostat, controls, surrogate)
+            self._state = thermostat.start(lever.value, lever.direction)
+
+    def scoped(self, scope: Scope) -> list[Control]:
+        return [control for control in self.controls.values() if control.scope == scope]
+
+    def needs(self, scope: Scope) -> set[str]:
+        """Optional fields of Tokens that the controls of a scope read."""
+        return {name for control in self.scoped(scope) for name in control.needs}
+
+    def decide(self, scope: Scope, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> dict[str, Outcome]:
+        """What each control of a scope decides, by its name."""
+        return decide(self.scoped(scope), tokens, clipped, reduce)
+
+    def observe(self, entropy: float) -> dict[str, float]:
+        """Take in the entropy of a finished step, over all ranks; returns what the thermostat has to tell."""
+        self.controls = {name: control.observe(entropy) for name, control in self.controls.items()}
+        if self.thermostat is None or self._state is None:
+            return {}
+        self._state = self.thermostat.step(self._state, entropy)
+        alarm = self.thermostat.alarm(self._state, entropy)
+        if alarm:
+            warnings.warn(alarm, stacklevel=2)
+        return {
+            "thermostat/value": self._move(self._state),
+            "thermostat/position": self._state.position,
+            "thermostat/outside": float(self._state.outside),
+        }
+
+    def _move(self, state: ThermostatState) -> float:
+        assert self.thermostat is not None
+        lever = find_lever(self.thermostat, tuple(self.controls.values()), self.surrogate)
+        value = self.thermostat.value(state, lever.direction)
+        if lever.owner == "surrogate":
+            self.surrogate = replace(self.surrogate, **{lever.field: value})  # type: ignore[type-var]
+        else:
+            moved: Any = self.controls[lever.owner]
+            self.controls[lever.owner] = replace(moved, **{lever.field: value})
+        return value
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run has changed since it started, as plain JSON."""
+        moved = {
+            name: {key: value for key, value in asdict(control).items() if value != before[key]}  # type: ignore[call-overload]
+            for name, control in self.controls.items()
+            if control != self._started[name] and (before := asdict(self._started[name]))  # type: ignore[call-overload]
+        }
+        return {"controls": moved, "thermostat": None if self._state is None else asdict(self._state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`. Controls that the run no longer has are skipped; new ones start afresh."""
+        for name, changes in state.get("controls", {}).items():
+            if name in self.controls:
+                control: Any = self.controls[name]
+                self.controls[name] = replace(control, **changes)
+        if self.thermostat is not None and state.get("thermostat"):
+            self._state = ThermostatState(**state["thermostat"])
+            self._move(self._state)
+
+
+def coefficients_of(outcomes: Mapping[str, Outcome]) -> dict[str, Coefficients]:
+    return {name: outcome.coefficients for name, outcome in outcomes.items()}
+
+
+def metrics_of(outcomes: Mapping[str, Outcome]) -> Metrics:
+    return {key: mean for outcome in outcomes.values() for key, mean in outcome.metrics.items()}
+
+
+def combined(by_control: Mapping[str, Coefficients], without: str | None = None) -> Coefficients:
+    """All coefficients at once, but for those of one control."""
+    result = Coefficients()
+    for name, coefficients in by_control.items():
+        if name != without:
+            result = result.combine(coefficients)
+    return result
+
+
+def find_lever(thermostat: Thermostat, controls: tuple[Control, ...], surrogate: Surrogate) -> Lever:
+    """What `thermostat.lever` names. Raises: ConfigError if the run has no such control or may not move it."""
+    owner, _, field = thermostat.lever.partition(".")
+    owners: dict[str, Any] = {**{control.name: control for control in controls}, "surrogate": surrogate}
+    movable = {f"{name}.{f}" for name, one in owners.items() for f in getattr(one, "levers", {})}
+    if not movable:
+        raise ConfigError(f"thermostat lever={thermostat.lever!r}: the run has nothing to move; list a control")
+    if thermostat.lever not in movable:
+        raise unknown("thermostat lever", thermostat.lever, movable)
+    value = getattr(owners[owner], field)
+    if value is None or isinstance(value, bool):
+        raise ConfigError(f"thermostat lever={thermostat.lever} has no value to start from: set it")
+    return Lever(owner, field, float(value), owners[owner].levers[field])

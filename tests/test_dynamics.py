@@ -1,0 +1,117 @@
+"""Predicted against measured entropy change inside the trainer, and the moments that it rests on."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_grpo_trainer import trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlvr.monitor.records import read_steps
+from rlvr.theory import discriminator, entropy
+from rlvr.theory import mean_discriminator as exact_mean_discriminator
+from rlvr.trainers.dynamics import squared_discriminator
+from rlvr.trainers.moments import mean_discriminator, token_moments
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_moments_equal_those_of_the_logits(temperature: float, tiny_model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
+    batch = tokenizer(["ab", "abcdef", "x"], return_tensors="pt", padding=True)
+    completion = torch.randint(3, 100, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    ids = torch.cat([batch["input_ids"], completion], dim=1)
+    attention = torch.cat([batch["attention_mask"], mask], dim=1)
+    want = ("logps", "entropy", "sum_p2", "sum_p2_logp", "sum_p2_logp2")
+    found = token_moments(model, ids, attention, 5, temperature=temperature, batch_size=2, want=want)
+    logits = model(ids, attention_mask=attention).logits[:, -6:-1].double() / temperature
+    expected = {
+        "entropy": entropy(logits),
+        "logps": logits.log_softmax(-1).gather(-1, completion[..., None])[..., 0],
+    }
+    valid = mask.bool()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name].double()[valid], x[valid], rtol=0, atol=1e-5)
+        assert (found[name][~valid] == 0).all()
+    flat = {name: x[valid] for name, x in found.items()}
+    torch.testing.assert_close(
+        mean_discriminator(flat).double(), exact_mean_discriminator(logits)[valid], rtol=0, atol=1e-6
+    )
+    squares = discriminator(logits).square().sum(-1)[valid]
+    torch.testing.assert_close(squared_discriminator(flat), squares, rtol=0, atol=1e-6)
+
+
+def run(model_dir: Path, out: Path, **settings: Any) -> list[dict[str, float]]:
+    one = trainer(
+        model_dir,
+        out,
+        per_device_train_batch_size=16,
+        num_iterations=2,
+        probe_sequences=16,
+        save_strategy="no",
+        **settings,
+    )
+    one.train()
+    return [record["metrics"] for record in read_steps(out)]
+
+
+def test_measured_change_is_the_change_of_the_recorded_entropy(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """With the whole step in the probe, what it measures is how the step's own entropy moved to the next pass."""
+    steps = run(tiny_model_dir, tmp_path, max_steps=4)
+    for first, second in ((0, 1), (2, 3)):  # two updates on one rollout
+        moved = steps[second]["entropy/mean"] - steps[first]["entropy/mean"]
+        assert steps[first]["dynamics/measured"] == pytest.approx(moved, abs=2e-6)
+        assert moved != 0
+
+
+def test_prediction_agrees_with_the_measured_change(tiny_model_dir: Path, tmp_path: Path) -> None:
+    step = run(tiny_model_dir, tmp_path, max_steps=1, learning_rate=1e-3)[0]
+    assert step["dynamics/discriminator_correlation"] > 0
+    assert step["dynamics/predicted"] != 0
+    parts = [
+        step[f"dynamics/predicted_{sign}_{side}"]
+        for sign in ("rewarded", "punished")
+        for side in ("likely", "unlikely")
+    ]
+    assert sum(parts) == pytest.approx(step["dynamics/predicted"], abs=1e-9)
+    for name in ("covariance", "single_logit", "steer", "steer_released", "discriminator"):
+        assert -1 <= step[f"dynamics/{name}_correlation"] <= 1
+        assert step[f"dynamics/{name}_r2"] == pytest.approx(step[f"dynamics/{name}_correlation"] ** 2)
+        assert math.isfinite(step[f"dynamics/{name}_slope"])
+
+
+def test_effects_of_controls_are_what_they_take_from_the_prediction(tiny_model_dir: Path, tmp_path: Path) -> None:
+    mask = {"name": "clip_cov", "fraction": 1.0, "low": -1e6, "high": 1e6}
+    bonus = {"name": "entropy_bonus", "coef": 0.1}
+    alone = run(tiny_model_dir, tmp_path / "alone", max_steps=1)[0]
+    masked = run(tiny_model_dir, tmp_path / "masked", max_steps=1, controls=[mask])[0]
+    assert masked["dynamics/predicted"] == 0
+    assert masked["clip_cov/effect"] == pytest.approx(-alone["dynamics/predicted"], rel=1e-6)
+    raised = run(tiny_model_dir, tmp_path / "bonus", max_steps=1, controls=[bonus])[0]
+    assert raised["entropy_bonus/effect"] > 0
+    assert raised["entropy_bonus/effect"] == pytest.approx(
+        raised["dynamics/predicted"] - alone["dynamics/predicted"], rel=1e-5
+    )
+    both = run(tiny_model_dir, tmp_path / "both", max_steps=1, controls=[mask, bonus])[0]
+    assert both["dynamics/measured"] > 0  # nothing but the bonus is left
+
+
+def test_nothing_is_computed_for_instruments_that_are_off(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = trainer(tiny_model_dir, tmp_path, per_device_train_batch_size=16, diagnostics=False, max_steps=1)
+    one.train()
+    assert not any(name.startswith(("dynamics/", "covariance/")) for name in one.step_metrics)
+
+
+def test_diagnostics_describe_the_steps_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = trainer(tiny_model_dir, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1)
+    one.train()
+    record = read_steps(tmp_path)[0]
+    metrics, bins = record["metrics"], record["entropy_by_position"]
+    assert metrics["covariance/top_0.02pct"] >= metrics["covariance/top_2pct"] >= metrics["covariance/top_20pct"]
+    assert 0.5 <= metrics["entropy/share_top_50pct"] <= 1
+    assert sum(bins["count"]) == metrics["policy/tokens"]
+    mean = sum(m * n for m, n in zip(bins["mean"], bins["count"], strict=True)) / sum(bins["count"])
+    assert mean == pytest.approx(metrics["entropy/mean"], rel=1e-6)
