@@ -32,11 +32,25 @@ CASES: dict[str, Case] = {
         refused={"coef": 1.0, "target": -0.2, "delta": float("inf"), "min_coef": float("nan"), "max_coef": -1.0},
         entropy=+1,
     ),
+    "clip_b": Case(
+        active=CONTROLS["clip_b"](mu=0.5),
+        neutral=CONTROLS["clip_b"](mu=1e6),
+        draws=False,
+        refused={"mu": -1.0, "scope": "batch"},
+        entropy=+1,
+    ),
     "clip_cov": Case(
         active=CONTROLS["clip_cov"](fraction=0.05, low=0.3, high=20.0),
         neutral=CONTROLS["clip_cov"](low=1e6, high=2e6),
         draws=True,
         refused={"fraction": -0.1, "low": 20.0, "high": float("nan"), "scope": "batch"},
+        entropy=+1,
+    ),
+    "clip_v": Case(
+        active=CONTROLS["clip_v"](mu=0.5, max_fraction=0.1),
+        neutral=CONTROLS["clip_v"](mu=1e6),
+        draws=False,
+        refused={"mu": float("inf"), "max_fraction": 1.5, "scope": "batch"},
         entropy=+1,
     ),
     "entropy_advantage": Case(
@@ -107,6 +121,20 @@ CASES: dict[str, Case] = {
         refused={"coef": float("inf")},
         entropy=0,  # toward the reference's from both sides, see test_controls_entropy.py
     ),
+    "steer": Case(
+        active=CONTROLS["steer"](min_weight=0.7),
+        neutral=CONTROLS["steer"](min_weight=1.0),
+        draws=False,
+        refused={
+            "form": "exact",
+            "mapping": "cubic",
+            "min_weight": 0.0,
+            "max_weight": 1.2,
+            "floor": -0.02,
+            "scope": "batch",
+        },
+        entropy=+1,
+    ),
     "tis": Case(
         active=CONTROLS["tis"](cap=1.005),
         neutral=CONTROLS["tis"](),
@@ -114,6 +142,13 @@ CASES: dict[str, Case] = {
         refused={"cap": -1.0, "level": "batch"},
         entropy=0,
         engine_agrees=True,
+    ),
+    "token_budget": Case(
+        active=CONTROLS["token_budget"](tokens=100),
+        neutral=CONTROLS["token_budget"](tokens=10**6),
+        draws=True,
+        refused={"tokens": 0},
+        entropy=0,  # fewer tokens, not other ones: see test_budget.py
     ),
 }
 

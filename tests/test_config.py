@@ -13,7 +13,7 @@ from trl import TrlParser
 from rlvr import GRPOConfig
 from rlvr.controls import ClipCov, KlCov
 from rlvr.errors import ConfigError
-from rlvr.surrogates import Cispo, Gspo, PpoClip, Unclipped
+from rlvr.surrogates import Cispo, Dppo, Gmpo, Gpg, Gspo, PpoClip, Sapo, Unclipped
 
 Make = Callable[..., GRPOConfig]
 
@@ -44,7 +44,7 @@ KL_COV = {"controls": ["kl_cov"], **OFF_POLICY}
 # Settings, and what the one line must hold: field, value and fix.
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown control": ({"controls": ["kl_cof"]}, ("controls", "'kl_cof'", "did you mean kl_cov")),
-    "control far from any name": ({"controls": ["zzz"]}, ("controls", "'zzz'", "clip_cov, kl_cov")),
+    "control far from any name": ({"controls": ["zzz"]}, ("controls", "'zzz'", "clip_cov, clip_v")),
     "unknown option": (
         {"controls": [{"name": "clip_cov", "fractoin": 0.1}]},
         ("controls clip_cov", "'fractoin'", "did you mean fraction"),
@@ -113,6 +113,25 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("loss_type=cispo", "surrogate=ppo_clip", "loss_type: dapo"),
     ),
     "gspo over tokens": ({"surrogate": "gspo", "loss_type": "dapo"}, ("loss_type=dapo", "loss_type: grpo")),
+    "gmpo over tokens": ({"surrogate": {"name": "gmpo", "low": 0.1}}, ("loss_type=dapo", "loss_type: grpo")),
+    "gmpo over a constant": ({"surrogate": "gmpo", "loss_type": "dr_grpo"}, ("loss_type=dr_grpo", "loss_type: grpo")),
+    "dppo without its engine": (
+        {"surrogate": {"name": "dppo", "anchor": "rollout"}},
+        ("surrogate", "anchor=rollout", "use_vllm: true"),
+    ),
+    "dppo with an unknown anchor": (
+        {"surrogate": {"name": "dppo", "anchor": "engine"}},
+        ("surrogate dppo", "anchor='engine'", "old or rollout"),
+    ),
+    "dppo with a number for an anchor": (
+        {"surrogate": {"name": "dppo", "anchor": 0}},
+        ("surrogate dppo", "anchor=0", "such as old"),
+    ),
+    "sapo without a temperature": (
+        {"surrogate": {"name": "sapo", "tau_neg": 0}},
+        ("surrogate sapo", "tau_neg=0", "positive"),
+    ),
+    "sapo and epsilon": ({"surrogate": "sapo", "epsilon": 0.1}, ("epsilon=0.1", "surrogate=sapo", "twice")),
     "sequence level over tokens": (
         {"importance_sampling_level": "sequence", "loss_type": "bnpo"},
         ("loss_type=bnpo", "loss_type: grpo"),
@@ -214,6 +233,10 @@ def test_updates_per_rollout(settings: dict[str, Any], updates: float, make: Mak
         ({"surrogate": {"name": "ppo_clip", "high": 0.28, "dual_clip": None}}, PpoClip(high=0.28)),
         ({"surrogate": '{"name": "cispo", "ratio_low": 0.8}'}, Cispo(ratio_low=0.8)),
         ({"surrogate": "gspo", "loss_type": "grpo"}, Gspo()),
+        ({"surrogate": {"name": "gmpo", "high": 0.2}, "loss_type": "grpo"}, Gmpo(high=0.2)),
+        ({"surrogate": {"name": "sapo", "tau_neg": 2}, "loss_type": "dr_grpo"}, Sapo(tau_neg=2)),
+        ({"surrogate": "gpg"}, Gpg()),
+        ({"surrogate": '{"name": "dppo", "anchor": "old", "kl_coef": 0.0}'}, Dppo(kl_coef=0.0)),
         ({"controls": ["clip_cov"]}, PpoClip()),
         (KL_COV, Unclipped()),
         ({"controls": ["clip_cov", "kl_cov"], **OFF_POLICY}, Unclipped()),

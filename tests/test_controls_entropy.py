@@ -112,9 +112,8 @@ def test_high_entropy_equals_trl() -> None:
 def test_entropy_bonus_is_the_mean_entropy_with_its_gradient() -> None:
     tokens = batch()
     coefficients = decide(EntropyBonus(coef=0.03), tokens).coefficients
-    with_bonus, without = (
-        policy_loss(tokens, PpoClip(), c, mode="token_mean") for c in (coefficients, Coefficients())
-    )
+    without = policy_loss(tokens, PpoClip(), Coefficients(), mode="token_mean")
+    with_bonus = policy_loss(tokens, PpoClip(), coefficients, mode="token_mean")
     assert tokens.entropy is not None
     torch.testing.assert_close(with_bonus, without - 0.03 * tokens.entropy.mean(), **EXACT)
     (grad,) = torch.autograd.grad(with_bonus, tokens.entropy)
@@ -135,12 +134,11 @@ def test_no_bonus_is_no_term_in_the_loss(control: EntropyBonus | AdaptiveEntropy
 
 
 def test_adaptive_entropy_reports_and_applies_what_it_holds() -> None:
-    control = AdaptiveEntropy(coef=0.003)
-    for control, applied in ((control, 0.0), (replace(control, enabled=True), 0.003)):
-        coefficients, metrics = decide(control, batch())
+    for enabled, applied in ((False, 0.0), (True, 0.003)):
+        coefficients, metrics = decide(AdaptiveEntropy(coef=0.003, enabled=enabled), batch())
         assert metrics["adaptive_entropy/coef"].value() == pytest.approx(0.003, abs=1e-15)
         assert metrics["adaptive_entropy/applied"].value() == pytest.approx(applied, abs=1e-15)
-        assert (coefficients.entropy is None) if not applied else (coefficients.entropy == applied).all()
+        assert coefficients.entropy is None if not enabled else (coefficients.entropy == applied).all()
 
 
 @given(trace=st.lists(st.floats(0, 1), max_size=40), inclusive=st.booleans())
@@ -175,7 +173,7 @@ def test_adaptive_entropy_brings_entropy_back_to_its_target() -> None:
             loss = -logps[0, 0].exp() - control.applied * entropy
             (grad,) = torch.autograd.grad(loss, logits)
             logits = (logits - 0.1 * grad).detach()
-            control = control.observe(float(entropy))
+            control = control.observe(entropy.item())
         final[delta] = true_entropy(logits)
     assert final[0.0] < 0.2
     assert final[0.02] == pytest.approx(0.8, abs=0.1)
@@ -202,14 +200,15 @@ def test_entropy_advantage_never_flips_a_sign(advantage: float, entropy: float, 
 
 
 def test_entropy_advantage_favors_uncertain_tokens() -> None:
-    """A uncertain token's gradient is larger than a certain one's where A > 0, and smaller where A < 0."""
+    """An uncertain token's gradient is larger than a certain one's where A > 0, and smaller where A < 0."""
     entropy = torch.tensor([0.0, 0.5, 4.0, 0.0, 0.5, 4.0], dtype=torch.float64)
     tokens = replace(tokens_with(entropy), advantages=torch.tensor([1.0] * 3 + [-1.0] * 3, dtype=torch.float64))
     coefficients = decide(EntropyAdvantage(alpha=0.4, kappa=2.0), tokens).coefficients
     loss = policy_loss(tokens, PpoClip(), coefficients, mode="seq_mean_token_sum")
     (grad,) = torch.autograd.grad(loss, tokens.logps)
     # 1 + min(0.4 H, 1/2): H = 0.5 gives 1.2, H = 4 is bounded at 1.5; -1 + the same for the bad tokens.
-    torch.testing.assert_close(-grad, torch.tensor([1.0, 1.2, 1.5, -1.0, -0.8, -0.5]).double(), **EXACT)
+    expected = torch.tensor([1.0, 1.2, 1.5, -1.0, -0.8, -0.5], dtype=torch.float64)
+    torch.testing.assert_close(-grad, expected, **EXACT)
 
 
 def test_entropy_advantage_promises_no_direction() -> None:

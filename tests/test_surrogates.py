@@ -1,4 +1,8 @@
-"""Laws of the surrogates; what they share with the objective (micro-batches, half precision, no token) is tested there."""
+"""Laws of the surrogates.
+
+Those of the whole objective (micro-batches, half precision, no tokens) are run over them in test_objective.py, those
+of neutral coefficients in test_controls.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -38,7 +42,7 @@ def test_bounded_covers_every_surrogate() -> None:
 
 
 def batch(seed: int = 0, *, drift: float = 0.3, longest: int = 9, **changes: Any) -> Tokens:
-    """12 sequences of 0 to 9 tokens, current policy and engine `drift` nats from the old one, advantages per sequence."""
+    """12 sequences of up to `longest` tokens; current policy and engine are `drift` nats from the old policy."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (12,), generator=generator)
     lengths[0] = longest
@@ -158,7 +162,7 @@ def test_sapo_gradient_on_policy_is_exactly_reinforce(seed: int, tau_pos: float,
 
 @given(x=st.floats(0.01, 3.0), tau=st.floats(0.5, 5.0), sign=st.sampled_from((-1.0, 1.0)))
 def test_sapo_fades_smoothly_on_both_sides(x: float, tau: float, sign: float) -> None:
-    """The gradient's weight beside that of the plain ratio, 4 sigma (1 - sigma), falls with |r - 1|, the same each way."""
+    """Its gradient beside that of the plain ratio, 4 sigma (1 - sigma), falls with |r - 1|, the same both ways."""
     r = torch.tensor([1 - x, 1 - x / 2, 1.0, 1 + x / 2, 1 + x], dtype=torch.float64).requires_grad_()
     zeros = torch.zeros(5, dtype=torch.float64)
     tokens = Tokens(logps=zeros, old_logps=zeros, advantages=zeros + sign, sequence=torch.arange(5), num_sequences=5)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlvr.controls.base import Control, Outcome, Scope, required
 from rlvr.controls.entropy import in_loss_precision
-from rlvr.surrogates import LOG_RATIO_LIMIT, Clipped
+from rlvr.surrogates import Clipped
+from rlvr.surrogates.base import bounded_exp
 from rlvr.types import Coefficients, Mean, Reduce, Tokens
 
 
@@ -24,11 +25,6 @@ def log_gap(logps: Tensor, other: Tensor) -> Tensor:
 def log_rho(tokens: Tokens) -> Tensor:
     """log pi_old - log pi_rollout, [N]."""
     return log_gap(tokens.old_logps, required(tokens.rollout_logps, "rollout_logps"))
-
-
-def bounded_exp(log: Tensor) -> Tensor:
-    """exp of a log-ratio clamped to +-20."""
-    return log.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def sequence_sum(values: Tensor, tokens: Tokens) -> Tensor:

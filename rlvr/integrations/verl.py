@@ -136,7 +136,7 @@ def rlvr_loss(
     surrogate, controls = config.policy_loss.rlvr
     _check_actor(config, config.policy_loss.rlvr, loss_agg_mode)
     mask = response_mask.bool()
-    tokens = _tokens(mask, logps=log_prob, old_logps=old_log_prob, advantages=advantages, entropy=_entropy.get())
+    tokens = keyed_tokens(mask, logps=log_prob, old_logps=old_log_prob, advantages=advantages, entropy=_entropy.get())
     with torch.no_grad():
         clipped = surrogate.clipped(surrogate.ratio(tokens), tokens)
         coefficients, metrics = apply(controls, tokens, clipped, LocalReduce())
@@ -153,11 +153,11 @@ def rlvr_loss(
     return loss, {f"actor/{name}": mean.value() if mean.count else 0.0 for name, mean in metrics.items()}
 
 
-def _tokens(mask: Tensor, **padded: Tensor | None) -> Tokens:
+def keyed_tokens(mask: Tensor, **padded: Tensor | None) -> Tokens:
     """The valid tokens, with keys that depend on what is in the micro-batch: verl tells no step and no seed."""
-    tokens = Tokens.from_padded(mask, **padded)
+    tokens, (rows, columns) = Tokens.from_padded(mask, **padded), mask.nonzero(as_tuple=True)
     contents = int(tokens.old_logps.double().view(torch.int64).sum())
-    return replace(tokens, key=token_keys(0, contents, tokens.sequence, tokens.position))
+    return replace(tokens, key=token_keys(0, contents, rows, columns))
 
 
 def _check_actor(config: Any, objective: Objective, loss_agg_mode: str) -> None:
@@ -202,13 +202,13 @@ def pass_entropy() -> None:
                 f"verl's {function.__name__} takes {', '.join(found)} instead of {', '.join(expected)}: controls that "
                 "need entropy work with verl 0.9.1"
             )
-    wrapped = _with_entropy(original, losses.no_padding_2_padding)
+    wrapped = with_entropy(original, losses.no_padding_2_padding)
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("ppo_loss") is original:
             module.ppo_loss = wrapped  # type: ignore[attr-defined]
 
 
-def _with_entropy(original: Callable[..., Any], padded: Callable[..., Tensor]) -> Callable[..., Any]:
+def with_entropy(original: Callable[..., Any], padded: Callable[..., Tensor]) -> Callable[..., Any]:
     """verl's `ppo_loss` that leaves the entropy of its micro-batch, (B, T) and detached, where `rlvr_loss` looks."""
 
     def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:

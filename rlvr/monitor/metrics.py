@@ -1,6 +1,6 @@
 """The one table that explains every metric: unit and meaning. A metric that is not in it cannot be recorded.
 
-Names are `area/quantity`. The area of a control's metrics is the control's name. Rows are alphabetical within an area.
+Names are `area/quantity`. The area of a control's metrics is the control's name.
 Unless a row says otherwise, a value is reduced over all processes and covers one optimizer step; times are those of
 the main process.
 """
@@ -23,7 +23,7 @@ class Metric:
     touches: bool = False
 
 
-METRICS: dict[str, Metric] = {
+_ROWS: dict[str, Metric] = {
     # policy: the objective and how far the update moved
     "policy/drift": Metric(
         "nats", "mean |log ratio| over the tokens that pay for it", "0 on a rollout's first update"
@@ -48,10 +48,10 @@ METRICS: dict[str, Metric] = {
     # covariance of log-prob and advantage over the tokens of the step: what drives entropy down
     "covariance/mean": Metric("nats", "mean of (A - mean A)(logp - mean logp)", "positive while entropy falls"),
     **{
-        f"covariance/top_{percent}pct": Metric(
-            "nats", f"mean of the largest {percent} % of the covariances", f"{first} at the first step of a 7B model"
+        f"covariance/top_2_in_{n}": Metric(
+            "nats", f"mean of the largest 2 in {n} covariances", f"{first} at the first step of a 7B model"
         )
-        for percent, first in (("0.02", 5.65), ("0.2", 3.11), ("2", 1.39), ("20", 0.35))
+        for n, first in ((10, 0.35), (100, 1.39), (1000, 3.11), (10000, 5.65))
     },
     # dynamics: entropy change of the step on the probe's tokens (probe_sequences), measured by a second pass
     "dynamics/measured": Metric("nats", "mean entropy change of the probe's tokens by the step"),
@@ -115,16 +115,16 @@ METRICS: dict[str, Metric] = {
     "off_policy_mask/masked": Metric("fraction", "trained tokens in bad sequences far off-policy", touches=True),
     "reference_kl/coef": Metric("1", "coefficient of the KL to the reference policy"),
     "steer/changed": Metric("fraction", "trained tokens whose weight STEER moved by more than 0.01", touches=True),
-    "steer/omega": Metric("nats", "size of the estimated entropy change per unit of step, mean over the trained tokens"),
-    "steer/omega_max": Metric("nats", "largest size of the estimated entropy change, which the weights are relative to"),
+    "steer/omega": Metric("nats", "size of the estimated entropy change per unit of step, token mean"),
+    "steer/omega_max": Metric("nats", "largest estimated entropy change of a token, to which weights are relative"),
     "tis/capped": Metric("fraction", "trained tokens whose engine ratio is cut to the cap", touches=True),
     "tis/weight": Metric("1", "mean weight for the engine's mismatch", "near 1"),
+    "token_budget/filled": Metric("ratio", "tokens kept over the token budget", "1; below it the batch is too small"),
+    "token_budget/kept": Metric("fraction", "share of the step's tokens that fit into the token budget"),
     # thermostat: the controller that holds entropy in a band
     "thermostat/outside": Metric("steps", "steps in a row with entropy outside the band, negative below it", "0"),
     "thermostat/position": Metric("1", "where the lever stands: 0 leaves least entropy, 1 most", "inside (0, 1)"),
     "thermostat/value": Metric("1", "the hyper-parameter that the thermostat moves"),
-    "token_budget/filled": Metric("ratio", "tokens kept over the token budget", "1; below it the batch is too small"),
-    "token_budget/kept": Metric("fraction", "share of the step's tokens that fit into the token budget"),
     # reward and rollout: over the completions of a rollout, repeated for each step that trains on it
     "reward/mean": Metric("reward", "mean reward of the scored completions"),
     **{
@@ -172,6 +172,8 @@ METRICS: dict[str, Metric] = {
     "heldout/reward_ci95": Metric("reward", "half width of the 95 % interval of heldout/reward"),
 }
 
+_AREAS = list(dict.fromkeys(name.partition("/")[0] for name in _ROWS))
+METRICS = {name: _ROWS[name] for name in sorted(_ROWS, key=lambda name: (_AREAS.index(name.partition("/")[0]), name))}
 EFFECT = Metric("nats", "what a control adds to dynamics/predicted; recorded as <control>/effect", "positive")
 TOUCHED = tuple(name for name, entry in METRICS.items() if entry.touches)
 

@@ -156,7 +156,7 @@ def _heldout(evals: Sequence[dict[str, Any]]) -> list[Heldout]:
 
 
 def _heldout_of(step: int, metrics: dict[str, Any]) -> Heldout | None:
-    reward, ci95 = (metrics.get(f"heldout/{name}", math.nan) for name in ("reward", "reward_ci95"))
+    reward, ci95 = (float(metrics.get(f"heldout/{name}", math.nan)) for name in ("reward", "reward_ci95"))
     return Heldout(step, reward, ci95 if math.isfinite(ci95) else None) if math.isfinite(reward) else None
 
 

@@ -32,9 +32,9 @@ class TaskConfig:
     stages: list[Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Instead of task: what is trained on in turn, as YAML or JSON. An entry is {steps: 300, task: ...} or, "
-            "for a mixture, {steps: 200, tasks: [{task: ..., share: 0.7}, {task: ..., share: 0.3}]}, with any setting "
-            "of a task and a name for it, domain. Settings beside stages are the entries' defaults."
+            "help": "Instead of task: what is trained on in turn, as YAML or JSON. An entry is {steps: 300, task: x} "
+            "or, for a mixture, {steps: 200, tasks: [{task: x, share: 0.7}, {task: y, share: 0.3}]}, with any "
+            "setting of a task and a name for it, domain. Settings beside stages are the entries' defaults."
         },
     )
     task_kwargs: dict[str, Any] | str | None = field(

@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTask:
-    """The rows of one task and how they are judged.   verify, kwargs: of a VerifierPool.   stop: of a VerifierReward."""
+    """The rows of one task, and how they are judged: verify and kwargs of a VerifierPool, stop of a VerifierReward."""
 
     train: "datasets.Dataset"
     heldout: "datasets.Dataset | None"

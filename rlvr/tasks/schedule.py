@@ -37,7 +37,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """Turns entries of `stages` into parts.   make: TaskConfig.   defaults: the settings that stand beside `stages`."""
+    """Parts from the entries of `stages`.   make: TaskConfig.   defaults: the settings that stand beside `stages`."""
 
     make: "Callable[..., TaskConfig]"
     defaults: Mapping[str, Any]
@@ -65,7 +65,7 @@ class Entries:
 
 
 def parse_stages(stages: Any, entries: Entries) -> tuple[Stage, ...]:
-    """The stages that a list, or its JSON text, describes. Equal names are one domain, so their settings must be equal.
+    """The stages that a list, or its JSON text, describes. A name is one domain, with equal settings in all stages.
 
     Raises: ConfigError naming the place, such as `stages[1].tasks[0].task_kwargs`.
     """

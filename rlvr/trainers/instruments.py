@@ -151,7 +151,9 @@ class TokenDiagnostics:
             "count": [float(n) for _, n in sums],
         }
         found = {"covariance/mean": float(reduce.sum(cov.sum())) / total}
-        found |= {f"covariance/top_{100 * q:g}pct": m.value() for q, m in top_share_means(cov, reduce=reduce).items()}
+        found |= {
+            f"covariance/top_2_in_{round(2 / q)}": m.value() for q, m in top_share_means(cov, reduce=reduce).items()
+        }
         shares = quantile_shares(step["entropy"], reduce=reduce)
         return found | {f"entropy/share_top_{100 - 100 * q:g}pct": m.value() for q, m in shares.items() if m.total}
 

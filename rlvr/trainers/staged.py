@@ -23,7 +23,8 @@ class StagedTrainer(GRPOTrainer):
 
     train_dataset: with the columns `stage` and `domain`, as `load_task` gives them.   schedule: `Task.schedule`.
     args.max_steps: unset, or the steps of all stages together.
-    Raises: ConfigError for stages that are no whole rollouts, or have too few prompts for one.   Metrics: reward/stage.
+    Raises: ConfigError for stages that are no whole rollouts, or have too few prompts for one.
+    Metrics: reward/stage.
     Ref: Ring-lite, arXiv 2506.14731, Table 4: math before code and science, against all at once.
     """
 
@@ -78,7 +79,7 @@ class StagedSampler(Sampler[int]):
 
 
 def total_steps(schedule: Sequence[Stage], max_steps: int, updates_per_rollout: float) -> int:
-    """The run's optimizer steps. Raises: ConfigError if max_steps says otherwise, or a stage would end in a rollout."""
+    """The run's optimizer steps. Raises: ConfigError if max_steps says otherwise, or a stage ends within a rollout."""
     unit = max(1, round(updates_per_rollout))
     for number, stage in enumerate(schedule):
         if stage.steps % unit:

@@ -1,0 +1,89 @@
+"""One process and two (gloo) train the same model, with every control that acts on a whole rollout or step at once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CONTROLS = [
+    {"name": "clip_cov", "fraction": 0.1, "low": 0.1, "high": 50.0},
+    {"name": "kl_cov", "fraction": 0.1},
+    {"name": "steer", "form": "full", "min_weight": 0.5},
+    {"name": "clip_b", "mu": 0.2},
+    {"name": "clip_v", "mu": 0.2, "max_fraction": 0.05},
+    {"name": "high_entropy", "fraction": 0.8},
+    {"name": "entropy_advantage"},
+    {"name": "entropy_bonus", "coef": 0.01},
+    {"name": "token_budget", "tokens": 40},
+]
+TOLD = (
+    "clip_cov/masked",
+    "kl_cov/selected",
+    "clip_b/masked",
+    "clip_v/masked",
+    "steer/changed",
+    "high_entropy/masked",
+    "token_budget/kept",
+    "policy/tokens",
+)
+MEASURED = ("policy/loss", "entropy/mean", "optim/grad_norm", "policy/weight", "covariance/mean", "thermostat/value")
+
+
+def run(processes: int, model_dir: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    launch += ["--config_file", str(ROOT / "recipes/accelerate/cpu2.yaml")]
+    command = [sys.executable, *(launch if processes == 2 else []), str(ROOT / "tests/ranks_run.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [*command, str(model_dir), str(out), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out / "result.pt")
+
+
+def test_two_processes_train_what_one_does(tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = {
+        "controls": CONTROLS,
+        "surrogate": "unclipped",
+        "thermostat": {"lever": "kl_cov.coef", "low": 1e-3, "high": 1e-2, "lowest": 0.0, "highest": 5.0},
+        "num_iterations": 2,
+        "learning_rate": 0.05,
+        "gradient_accumulation_steps": 1,
+    }
+    one = run(1, tiny_model_dir, tmp_path / "one", per_device_train_batch_size=16, **settings)
+    two = run(2, tiny_model_dir, tmp_path / "two", per_device_train_batch_size=8, **settings)
+    assert len(one["history"]) == len(two["history"]) == 4
+    for a, b in zip(one["history"], two["history"], strict=True):
+        for name in TOLD:
+            assert a[name] == pytest.approx(b[name], abs=1e-12), name
+        assert a["policy/tokens"] <= 40
+        for name in MEASURED:
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-7), name
+    for name in TOLD:
+        assert any(entry[name] > 0 for entry in one["history"]), name
+    start = trained_from(tiny_model_dir)
+    moved = (one["weights"] - start).norm()
+    assert moved > 0
+    assert (one["weights"] - two["weights"]).norm() < 1e-4 * moved
+
+
+def trained_from(model_dir: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
