@@ -89,14 +89,13 @@ def aggregate(
     if mode not in AGGREGATIONS:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(AGGREGATIONS)}")
     token_loss = token_loss.to(torch.promote_types(token_loss.dtype, torch.float32))  # bfloat16 counts to 256
-    lengths = token_loss.new_zeros(tokens.num_sequences).index_add(0, tokens.sequence, torch.ones_like(token_loss))
+    lengths = tokens.sequence_sums(torch.ones_like(token_loss))
     if denominator is None:
         if mode in ("dr_grpo", "token_budget"):
             raise ValueError(f"mode={mode!r} needs a denominator: it is a constant that the tokens do not know")
         denominator = (lengths.sum() if mode == "token_mean" else (lengths > 0).sum()).clamp(min=1)
     if mode == "seq_mean_token_mean":
-        per_sequence = token_loss.new_zeros(tokens.num_sequences).index_add(0, tokens.sequence, token_loss)
-        token_loss = per_sequence / lengths.clamp(min=1)
+        token_loss = tokens.sequence_sums(token_loss) / lengths.clamp(min=1)
     return token_loss.sum() / denominator
 
 

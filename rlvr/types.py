@@ -108,6 +108,14 @@ class Tokens:
         values = {name: flat(x) for name, x in padded.items() if x is not None}
         return cls(sequence=flat(rows), position=flat(columns), num_sequences=mask.size(0), **values)
 
+    def sequence_sums(self, values: Tensor) -> Tensor:
+        """Sum of values [N] over the tokens of each sequence, [num_sequences]."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+
+    def sequence_means(self, values: Tensor) -> Tensor:
+        """Mean of values [N] over the tokens of each sequence, [num_sequences]; 0 without tokens."""
+        return self.sequence_sums(values) / self.sequence_sums(torch.ones_like(values)).clamp(min=1)
+
     def select(self, keep: Tensor) -> "Tokens":
         """The tokens where keep [N] is true; rows keep their numbers."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}

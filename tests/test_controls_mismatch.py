@@ -17,10 +17,10 @@ from rlvr.types import Coefficients, Tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 BANDS: tuple[Control, ...] = (
-    Tis(cap=1.01),
-    Tis(cap=1.01, level="sequence"),
+    Tis(high=1.01),
+    Tis(high=1.01, level="sequence"),
     IcePop(low=0.99, high=1.01),
-    Mis(cap=1.01),
+    Mis(high=1.01),
     GeometricGate(low=0.999, high=1.001),
     OffPolicyMask(delta=0.01),
 )
@@ -61,10 +61,10 @@ def test_corrections_equal_padded_formulas() -> None:
     token, product = gap.exp(), gap.sum(1, keepdim=True).exp().expand_as(gap)
     mean = (gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp().expand_as(gap)
     expected = {
-        Tis(cap=1.3): token.clamp(max=1.3),
-        Tis(cap=1.3, level="sequence"): product.clamp(max=1.3),
+        Tis(high=1.3): token.clamp(max=1.3),
+        Tis(high=1.3, level="sequence"): product.clamp(max=1.3),
         IcePop(low=0.8, high=1.2): token.masked_fill((token < 0.8) | (token > 1.2), 0.0),
-        Mis(cap=1.3): product.masked_fill(product > 1.3, 0.0),
+        Mis(high=1.3): product.masked_fill(product > 1.3, 0.0),
         GeometricGate(low=0.9, high=1.1): token.masked_fill((mean < 0.9) | (mean > 1.1), 0.0),
     }
     for control, weight in expected.items():
@@ -89,13 +89,13 @@ def test_off_policy_mask_equals_trl() -> None:
 
 def test_metrics_count_what_a_bound_touches() -> None:
     tokens = sequence_of([math.log(x) for x in (0.25, 1.0, 1.5, 4.0)])
-    metrics = decide(Tis(cap=2.0), tokens).metrics
+    metrics = decide(Tis(high=2.0), tokens).metrics
     assert metrics["tis/capped"].value() == 1 / 4
     assert metrics["tis/weight"].value() == pytest.approx((0.25 + 1.0 + 1.5 + 2.0) / 4, abs=1e-12)
     metrics = decide(IcePop(low=0.5, high=3.0), tokens).metrics
     assert metrics["icepop/masked"].value() == 2 / 4
     assert metrics["icepop/weight"].value() == pytest.approx((1.0 + 1.5) / 4, abs=1e-12)
-    assert decide(Mis(cap=1.4), tokens).metrics["mis/masked"].value() == 1.0  # 0.25 * 1.5 * 4 = 1.5
+    assert decide(Mis(high=1.4), tokens).metrics["mis/masked"].value() == 1.0  # 0.25 * 1.5 * 4 = 1.5
     assert decide(GeometricGate(low=0.5, high=2.0), tokens).metrics["geometric_gate/masked"].value() == 0.0
     metrics = decide(OffPolicyMask(delta=0.0), sequence_of([-0.3, -0.1], advantage=-1.0)).metrics
     assert metrics["off_policy_mask/masked"].value() == 1.0
@@ -135,14 +135,14 @@ def test_correction_of_a_long_response_stays_finite(control: Control, gap: float
 
 
 def test_sequence_weight_does_not_overflow() -> None:
-    assert (weights(Tis(cap=math.inf, level="sequence"), sequence_of([1.0] * 1000)) == math.exp(20)).all()
-    assert (weights(Mis(cap=3.0), sequence_of([1.0] * 1000)) == 0).all()
+    assert (weights(Tis(high=math.inf, level="sequence"), sequence_of([1.0] * 1000)) == math.exp(20)).all()
+    assert (weights(Mis(high=3.0), sequence_of([1.0] * 1000)) == 0).all()
 
 
 def test_geometric_gate_does_not_depend_on_length() -> None:
     """A hundred times as long with the same gaps: the mean stays inside the band, the product leaves every bound."""
     gaps = [0.02, -0.01, 0.05, -0.02]
-    for control, kept in ((GeometricGate(low=0.98, high=1.02), [True, True]), (Mis(cap=1.5), [True, False])):
+    for control, kept in ((GeometricGate(low=0.98, high=1.02), [True, True]), (Mis(high=1.5), [True, False])):
         assert [bool(weights(control, sequence_of(gaps * n)).all()) for n in (1, 100)] == kept
 
 
@@ -199,14 +199,14 @@ def test_importance_weights_give_the_on_policy_gradient() -> None:
     on_policy = expected_gradient(policy, policy, worth, None)
     off = float((expected_gradient(engine, policy, worth, None) - on_policy).norm())
     wide = (
-        Tis(cap=math.inf),
-        Tis(cap=math.inf, level="sequence"),
+        Tis(high=math.inf),
+        Tis(high=math.inf, level="sequence"),
         IcePop(low=0.0, high=math.inf),
-        Mis(cap=math.inf),
+        Mis(high=math.inf),
         GeometricGate(low=0.0, high=math.inf),
     )
     for control in wide:
         torch.testing.assert_close(expected_gradient(engine, policy, worth, control), on_policy, **EXACT)
-    for cut in (Tis(), IcePop(), Mis(), Tis(cap=1.2)):
+    for cut in (Tis(), IcePop(), Mis(), Tis(high=1.2)):
         error = float((expected_gradient(engine, policy, worth, cut) - on_policy).norm())
         assert 0 < error < 0.5 * off, (cut, error, off)

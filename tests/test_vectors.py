@@ -11,7 +11,7 @@ import torch
 from rlvr.advantages import group_relative
 from rlvr.controls import ClipCov, Control, KlCov, apply
 from rlvr.controls.entropy import AdaptiveEntropy, EntropyAdvantage, EntropyBonus, HighEntropyTokens, upper_quantile
-from rlvr.controls.mismatch import GeometricGate, IcePop, Mis, OffPolicyMask, Tis, log_gap, sequence_mean
+from rlvr.controls.mismatch import GeometricGate, IcePop, Mis, OffPolicyMask, Tis, log_gap
 from rlvr.objective import aggregate, policy_loss
 from rlvr.surrogates import Cispo, Clipped, Dppo, Gmpo, Gpg, Gspo, PpoClip, Sapo, Surrogate
 from rlvr.types import Coefficients, LocalReduce, Tokens, token_keys
@@ -265,10 +265,10 @@ def test_entropy_advantage(case: dict[str, Any]) -> None:
 def test_engine_corrections(case: dict[str, Any]) -> None:
     p, log_ratio = case["params"], tensor(case["inputs"]["log_ratio"])
     control = {
-        "token_truncate": lambda: Tis(cap=p["c_max"]),
-        "sequence_truncate": lambda: Tis(cap=p["c_max"], level="sequence"),
+        "token_truncate": lambda: Tis(low=p["c_min"] or 0.0, high=p["c_max"]),
+        "sequence_truncate": lambda: Tis(low=p["c_min"] or 0.0, high=p["c_max"], level="sequence"),
         "token_mask": lambda: IcePop(low=p["c_min"], high=p["c_max"]),
-        "sequence_mask": lambda: Mis(cap=p["c_max"]),
+        "sequence_mask": lambda: Mis(low=p["c_min"] or 0.0, high=p["c_max"]),
         "geo_mask": lambda: GeometricGate(low=p["c_min"], high=p["c_max"]),
     }[p["mode"]]()
     _, coefficients = decided(case, control, old_logps=log_ratio, rollout_logps=torch.zeros_like(log_ratio))
@@ -284,5 +284,5 @@ def test_off_policy_mask(case: dict[str, Any]) -> None:
     tokens, coefficients = decided(case, OffPolicyMask(delta=case["params"]["delta"]), **fields)
     assert coefficients.weight is not None
     assert torch.equal(coefficients.weight == 1, torch.tensor(expected["keep_seq"])[tokens.sequence])
-    mean = sequence_mean(log_gap(fields["rollout_logps"], x["logp"])[x["mask"].bool()], tokens)
-    torch.testing.assert_close(mean, tensor(expected["mean_kl"])[tokens.sequence], **EXACT)
+    mean = tokens.sequence_means(log_gap(fields["rollout_logps"], x["logp"])[x["mask"].bool()])
+    torch.testing.assert_close(mean, tensor(expected["mean_kl"]), **EXACT)

@@ -65,6 +65,11 @@ def required(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
+def in_loss_precision(decided: Tensor, tokens: Tokens) -> Tensor:
+    """A coefficient decided in float64 [N], in the precision of the loss: that of the log-probs, at least float32."""
+    return decided.to(torch.promote_types(tokens.logps.dtype, torch.float32))
+
+
 def check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value}: must lie in [0, 1]")

@@ -9,14 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlvr.controls.base import Control, Outcome, Scope, check_fraction, check_scope, required
+from rlvr.controls.base import Control, Outcome, Scope, check_fraction, check_scope, in_loss_precision, required
 from rlvr.surrogates import Clipped
 from rlvr.types import Coefficients, Mean, Reduce, Tokens
-
-
-def in_loss_precision(decided: Tensor, tokens: Tokens) -> Tensor:
-    """A coefficient decided in float64 [N], in the precision of the loss: that of the log-probs, at least float32."""
-    return decided.to(torch.promote_types(tokens.logps.dtype, torch.float32))
 
 
 def constant(value: float, tokens: Tokens) -> Tensor:

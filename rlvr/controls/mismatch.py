@@ -7,11 +7,9 @@ A token whose log-prob the engine did not report counts as agreement: rho = 1.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from rlvr.controls.base import Control, Outcome, Scope, required
-from rlvr.controls.entropy import in_loss_precision
+from rlvr.controls.base import Control, Outcome, Scope, in_loss_precision, required
 from rlvr.surrogates import Clipped
 from rlvr.surrogates.base import bounded_exp
 from rlvr.types import Coefficients, Mean, Reduce, Tokens
@@ -27,24 +25,9 @@ def log_rho(tokens: Tokens) -> Tensor:
     return log_gap(tokens.old_logps, required(tokens.rollout_logps, "rollout_logps"))
 
 
-def sequence_sum(values: Tensor, tokens: Tokens) -> Tensor:
-    """Sum of values [N] over each token's sequence, at the token [N]."""
-    return values.new_zeros(tokens.num_sequences).index_add(0, tokens.sequence, values)[tokens.sequence]
-
-
-def sequence_mean(values: Tensor, tokens: Tokens) -> Tensor:
-    """Mean of values [N] over each token's sequence, at the token [N]."""
-    return sequence_sum(values, tokens) / sequence_sum(torch.ones_like(values), tokens)
-
-
 def check_band(low: float, high: float) -> None:
     if not 0 <= low < high:
         raise ValueError(f"low={low}, high={high}: need 0 <= low < high")
-
-
-def check_cap(cap: float) -> None:
-    if not cap > 0:
-        raise ValueError(f"cap={cap}: must be positive")
 
 
 class EngineCorrection(Control):
@@ -64,31 +47,32 @@ class EngineCorrection(Control):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tis(EngineCorrection):
-    """Truncated importance sampling: weight min(rho, cap).
+    """Truncated importance sampling: weight min(max(rho, low), high).
 
-    cap: > 0.   level: "token", or "sequence" for rho = prod_t rho_t at all tokens of a sequence. Log-ratios, or their
-    sums, are clamped to +-20.
-    Raises: ValueError if cap is not positive or level unknown.
+    low, high: bounds of rho.   level: "token", or "sequence" for rho = prod_t rho_t at all tokens of a sequence.
+    Log-ratios, or their sums, are clamped to +-20.
+    Raises: ValueError unless 0 <= low < high, or if level is unknown.
     Metrics: tis/weight, tis/capped (fraction).
     Ref: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
-    Differs: none from verl's token-level weight. TRL also has a lower bound, and caps at 3 by default.
+    Differs: none from verl's token-level weight, which has no lower bound; TRL's upper one is 3 by default.
     """
 
-    cap: float = 2.0
+    low: float = 0.0
+    high: float = 2.0
     level: Literal["token", "sequence"] = "token"
 
     name: ClassVar[str] = "tis"
 
     def __post_init__(self) -> None:
-        check_cap(self.cap)
+        check_band(self.low, self.high)
         if self.level not in ("token", "sequence"):
             raise ValueError(f"level={self.level!r}: must be 'token' or 'sequence'")
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
         log = log_rho(tokens)
-        rho = bounded_exp(log if self.level == "token" else sequence_sum(log, tokens))
-        weight = rho.clamp(max=self.cap)
-        metrics = {"tis/weight": Mean.of(weight), "tis/capped": Mean.of(rho > self.cap)}
+        rho = bounded_exp(log if self.level == "token" else tokens.sequence_sums(log)[tokens.sequence])
+        weight = rho.clamp(self.low, self.high)
+        metrics = {"tis/weight": Mean.of(weight), "tis/capped": Mean.of(weight != rho)}
         return Outcome(Coefficients(weight=in_loss_precision(weight, tokens)), metrics)
 
 
@@ -121,25 +105,26 @@ class IcePop(EngineCorrection):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mis(EngineCorrection):
-    """Masked importance sampling of sequences: weight prod_t rho_t at all tokens of a sequence, 0 if it exceeds cap.
+    """Masked importance sampling of sequences: weight rho = prod_t rho_t at all their tokens, 0 outside [low, high].
 
-    cap: > 0.   The sum of log-ratios is clamped to +-20: a product over a long response overflows.
-    Raises: ValueError if cap is not positive.
+    low, high: bounds of rho.   The sum of log-ratios is clamped to +-20: a product over a long response overflows.
+    Raises: ValueError unless 0 <= low < high.
     Metrics: mis/weight, mis/masked (fraction).
     Ref: Liu et al. 2025, "When speed kills stability"; TRL's sequence_mask.
     Differs: TRL does not clamp the sum.
     """
 
-    cap: float = 3.0
+    low: float = 0.0
+    high: float = 3.0
 
     name: ClassVar[str] = "mis"
 
     def __post_init__(self) -> None:
-        check_cap(self.cap)
+        check_band(self.low, self.high)
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
-        rho = bounded_exp(sequence_sum(log_rho(tokens), tokens))
-        kept = rho <= self.cap
+        rho = bounded_exp(tokens.sequence_sums(log_rho(tokens))[tokens.sequence])
+        kept = (rho >= self.low) & (rho <= self.high)
         weight = rho * kept
         metrics = {"mis/weight": Mean.of(weight), "mis/masked": Mean.of(~kept)}
         return Outcome(Coefficients(weight=in_loss_precision(weight, tokens)), metrics)
@@ -169,7 +154,7 @@ class GeometricGate(EngineCorrection):
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
         log = log_rho(tokens)
-        mean = bounded_exp(sequence_mean(log, tokens))
+        mean = bounded_exp(tokens.sequence_means(log)[tokens.sequence])
         kept = (mean >= self.low) & (mean <= self.high)
         weight = bounded_exp(log) * kept
         metrics = {"geometric_gate/weight": Mean.of(weight), "geometric_gate/masked": Mean.of(~kept)}
@@ -208,6 +193,6 @@ class OffPolicyMask(Control):
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
         kl = log_gap(required(tokens.rollout_logps, "rollout_logps"), tokens.logps)
-        kept = (tokens.advantages >= 0) | (sequence_mean(kl, tokens) <= self.delta)
+        kept = (tokens.advantages >= 0) | (tokens.sequence_means(kl)[tokens.sequence] <= self.delta)
         metrics = {"off_policy_mask/masked": Mean.of(~kept), "off_policy_mask/kl": Mean.of(kl)}
         return Outcome(Coefficients(weight=in_loss_precision(kept, tokens)), metrics)

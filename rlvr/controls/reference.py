@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlvr.controls.base import Control, Outcome, Scope, required
-from rlvr.controls.entropy import check_coef, constant, in_loss_precision
+from rlvr.controls.base import Control, Outcome, Scope, in_loss_precision, required
+from rlvr.controls.entropy import check_coef, constant
 from rlvr.surrogates import Clipped
 from rlvr.types import Coefficients, Mean, Reduce, Tokens
 

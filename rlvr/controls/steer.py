@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rlvr.controls.base import Control, Outcome, Scope, check_scope, required
-from rlvr.controls.entropy import in_loss_precision
+from rlvr.controls.base import Control, Outcome, Scope, check_scope, in_loss_precision, required
 from rlvr.surrogates import LOG_RATIO_LIMIT, Clipped
 from rlvr.theory import ESTIMATORS, TokenStatistics
 from rlvr.types import Coefficients, Mean, Reduce, Tokens

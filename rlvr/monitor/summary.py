@@ -123,7 +123,7 @@ def summarize(run_dir: str | Path) -> Summary:
 
 
 def format_summary(summary: Summary) -> str:
-    """Plain text for a terminal of 100 columns, at most 40 lines."""
+    """Plain text for a terminal of 100 columns, at most 40 lines, and one for each domain."""
     rows = [_header(summary), "", *_quality(summary), ""]
     rows += _table("share of trained tokens touched", summary.touched, "fraction")
     rows += _table("engine against trainer", summary.mismatch, None)
@@ -247,7 +247,7 @@ def _quality(summary: Summary) -> list[str]:
     ends = [value.domains if value else {} for value in (summary.heldout_before, summary.heldout_after)]
     for domain in {**ends[0], **ends[1]}:
         before, after = (_heldout_text(end.get(domain)) for end in ends)
-        rows.append(f"{'  ' + domain:<18}{before:<30}{after}")
+        rows.append(f"{'  ' + domain[-15:]:<18}{before:<30}{after}")
     for label, change in (("training reward", summary.reward), ("entropy (nats)", summary.entropy)):
         if change is None:
             rows.append(f"{label:<18}not measured")

@@ -10,13 +10,6 @@ from rlvr.surrogates.per_token import PpoClip
 from rlvr.types import Tokens
 
 
-def _sequence_mean(x: Tensor, tokens: Tokens) -> Tensor:
-    """Mean of x [N] over each sequence's tokens, [num_sequences]; 0 without tokens."""
-    zeros = x.new_zeros(tokens.num_sequences)
-    length = zeros.index_add(0, tokens.sequence, torch.ones_like(x))
-    return zeros.index_add(0, tokens.sequence, x) / length.clamp(min=1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gspo:
     """PPO clip of the sequence's geometric-mean ratio s = exp(mean_t log r_t), the same for all its tokens.
@@ -35,7 +28,7 @@ class Gspo:
 
     def ratio(self, tokens: Tokens) -> Tensor:
         """s of each token's sequence [N]."""
-        return bounded_exp(_sequence_mean(log_ratio(tokens), tokens))[tokens.sequence]
+        return bounded_exp(tokens.sequence_means(log_ratio(tokens)))[tokens.sequence]
 
     def loss(self, ratio: Tensor, tokens: Tokens) -> Tensor:
         return PpoClip(low=self.low, high=self.high).loss(ratio, tokens)
@@ -65,7 +58,7 @@ class Gmpo(TokenRatio):
     def loss(self, ratio: Tensor, tokens: Tokens) -> Tensor:
         low, high = self.clipped(ratio, tokens)
         bounded = torch.where(low, -self.low, torch.where(high, self.high, ratio.log()))
-        return -torch.exp(_sequence_mean(bounded, tokens))[tokens.sequence] * tokens.advantages
+        return -torch.exp(tokens.sequence_means(bounded))[tokens.sequence] * tokens.advantages
 
     def clipped(self, ratio: Tensor, tokens: Tokens) -> Clipped:
         x = ratio.detach().log()

@@ -39,7 +39,7 @@ def join(schedule: Sequence[Stage], loaded: Mapping[str, "LoadedTask"]) -> Joine
     parts = {part.domain: part for stage in reversed(schedule) for part in reversed(stage.parts)}
     _check_same_style([parts[name] for name in loaded], loaded)
     heldout = [row for name, task in loaded.items() for row in _rows(task.heldout, domain=name)]
-    held = {row["question"] for row in heldout}
+    held = {row["question"] for row in heldout} - {""}  # a conversation may end without a question
     train = []
     for number, stage in enumerate(schedule):
         for part in stage.parts:
@@ -65,7 +65,7 @@ def describe(schedule: Sequence[Stage], loaded: Mapping[str, "LoadedTask"]) -> s
     """One line: `2 stages: 300 steps of math; 200 steps of 50 % code, 50 % science; math = ...`."""
     stages = []
     for stage in schedule:
-        shares = [part.domain if part.share == 1 else f"{100 * part.share:g} % {part.domain}" for part in stage.parts]
+        shares = [part.domain if part.share == 1 else f"{100 * part.share:.3g} % {part.domain}" for part in stage.parts]
         stages.append(f"{stage.steps} steps of {', '.join(shares)}")
     tasks = [f"{name} = {task.describe}" + (f"; {task.note}" if task.note else "") for name, task in loaded.items()]
     return f"{len(schedule)} stage(s): " + "; ".join([*stages, *tasks])

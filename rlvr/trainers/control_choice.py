@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlvr.controls import construct
+from rlvr.controls.mismatch import EngineCorrection
 from rlvr.errors import ConfigError
 from rlvr.thermostat import Thermostat
 from rlvr.trainers.steering import find_lever
@@ -46,7 +47,10 @@ def check_controls(args: "GRPOConfig") -> None:
         if args.beta:
             raise ConfigError(f"beta={args.beta} and controls reference_kl say the same thing twice: set one")
         args.beta = controls["reference_kl"].coef  # type: ignore[attr-defined]  # TRL then computes ref_logps
-    corrections = [f"controls {name}" for name, control in controls.items() if "rollout_logps" in control.needs]
+    for name, control in controls.items():
+        if "rollout_logps" in control.needs and not args.use_vllm:
+            raise ConfigError(f"controls {name} reads the log-probs of a separate engine: set use_vllm: true")
+    corrections = [f"controls {name}" for name, control in controls.items() if isinstance(control, EngineCorrection)]
     if getattr(args.surrogate_fn, "anchor", "old") == "rollout":
         corrections.append("surrogate anchor=rollout")
     if corrections:
@@ -55,7 +59,7 @@ def check_controls(args: "GRPOConfig") -> None:
 
 def _replace_engine_correction(args: "GRPOConfig", name: str) -> None:
     if not args.use_vllm:
-        raise ConfigError(f"{name} does nothing without an engine of its own log-probs: set use_vllm: true")
+        raise ConfigError(f"{name} reads the log-probs of a separate engine: set use_vllm: true")
     for field in ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"):
         if getattr(args, field) != trl_default(field):
             raise ConfigError(f"{field}={getattr(args, field)} and {name} would correct twice: unset it")

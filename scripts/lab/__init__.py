@@ -1,0 +1,1 @@
+"""A setting where entropy collapses within minutes on one CPU core: task, base model, runs, experiments."""
