@@ -1,6 +1,7 @@
 """Clip_B and Clip_V beyond the contract: exactly which tokens leave the loss, and what these would have done."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_clip_b_drops_the_punished_tokens_of_the_lower_tail(mu: float) -> None:
         assert mu > 1 or any(expected)
 
 
-@pytest.mark.parametrize(("mu", "fraction"), ((0.5, 1.0), (0.5, 0.1), (0.0, 0.013), (1.0, 0.0), (30.0, 1.0)))
+@pytest.mark.parametrize(("mu", "fraction"), ((0.5, 1.0), (0.5, 0.1), (0.0, 0.013), (0.3, 0.0), (30.0, 1.0)))
 def test_clip_v_drops_the_worst_candidates(mu: float, fraction: float) -> None:
     for seed in range(3):
         tokens = batch(seed)
@@ -134,7 +135,7 @@ def test_larger_mu_drops_a_part_of_what_a_smaller_one_drops() -> None:
     tokens = batch()
     for make in (lambda mu: ClipB(mu=mu), lambda mu: ClipV(mu=mu, max_fraction=1.0)):
         sets = [dropped(make(mu), tokens) for mu in (0.0, 0.3, 0.8, 1.5)]
-        assert all((big | ~small).all() for big, small in zip(sets, sets[1:], strict=False))
+        assert all((big | ~small).all() for big, small in pairwise(sets))
         assert sets[0].sum() > sets[-1].sum()
 
 

@@ -65,7 +65,9 @@ def describe(schedule: Sequence[Stage], loaded: Mapping[str, "LoadedTask"]) -> s
     """One line: `2 stages: 300 steps of math; 200 steps of 50 % code, 50 % science; math = ...`."""
     stages = []
     for stage in schedule:
-        shares = [part.domain if part.share == 1 else f"{100 * part.share:.3g} % {part.domain}" for part in stage.parts]
+        shares = [
+            part.domain if part.share == 1 else f"{100 * part.share:.3g} % {part.domain}" for part in stage.parts
+        ]
         stages.append(f"{stage.steps} steps of {', '.join(shares)}")
     tasks = [f"{name} = {task.describe}" + (f"; {task.note}" if task.note else "") for name, task in loaded.items()]
     return f"{len(schedule)} stage(s): " + "; ".join([*stages, *tasks])

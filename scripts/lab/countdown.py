@@ -102,7 +102,7 @@ def verify(words: Sequence[str], numbers: Sequence[int], target: int) -> float:
         if operation not in OPERATIONS or equals != "=":
             return 0.0
         for word in (left, right):
-            if not word.isdigit() or int(word) not in pool:
+            if not word.isdecimal() or int(word) not in pool:
                 return 0.0
             pool.remove(int(word))
         result = int(_apply(int(left), OPERATIONS.index(operation), int(right)))
@@ -110,6 +110,18 @@ def verify(words: Sequence[str], numbers: Sequence[int], target: int) -> float:
             return 0.0
         pool.append(result)
     return float(result == target)
+
+
+def reward(
+    completion_ids: Sequence[Sequence[int]], numbers: Sequence[Sequence[int]], target: Sequence[int], **_: object
+) -> list[float]:
+    """The verdict on each completion, as a reward function of the trainer; what follows an end token is padding."""
+    found = []
+    for ids, given, wanted in zip(completion_ids, numbers, target, strict=True):
+        words = [VOCABULARY[i] for i in ids]
+        end = words.index(EOS) + 1 if EOS in words else len(words)
+        found.append(verify(words[:end], given, wanted))
+    return found
 
 
 def _apply(left, operation, right):  # type: ignore[no-untyped-def]  # of integers or of arrays of them
