@@ -73,6 +73,15 @@ def test_token_budget_is_kept_by_every_step(whole: bool, tiny_model_dir: Path, t
         assert 20 <= tokens < 28 if whole else tokens == 20
 
 
+def test_token_budget_counts_what_other_controls_keep(tiny_model_dir: Path, tmp_path: Path) -> None:
+    controls = [{"name": "clip_b", "mu": 0.0}, {"name": "token_budget", "tokens": 20}]
+    one = trainer(tiny_model_dir, tmp_path, per_device_train_batch_size=16, controls=controls)
+    one.train()
+    for record in read_steps(tmp_path):
+        assert record["metrics"]["clip_b/masked"] > 0.1
+        assert record["metrics"]["policy/tokens"] == 20
+
+
 def test_token_budget_larger_than_the_batch_divides_by_the_budget(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Half the gradient of token-mean aggregation where the budget is twice the tokens."""
     plain = trainer(tiny_model_dir, tmp_path / "plain", per_device_train_batch_size=16, max_steps=1)

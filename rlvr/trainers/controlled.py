@@ -79,7 +79,8 @@ class ControlledTrainer(HeldOutTrainer):
             for name, outcome in self.steering.decide(
                 "optimizer_step", tokens, Clipped(none, none), self.reduce
             ).items():
-                bridge.attach_step(step, name, outcome.coefficients)
+                assert outcome.coefficients.keep is not None
+                bridge.attach_step(step, name, outcome.coefficients.keep)
                 self.meter.add_rollout(outcome.metrics)
 
     def moments(self, batch: Mapping[str, Any], want: Collection[str]) -> dict[str, Tensor]:

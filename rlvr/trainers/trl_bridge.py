@@ -64,6 +64,15 @@ def trained_mask(batch: Mapping[str, Any]) -> Tensor:
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 
 
+def kept_mask(batch: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: trained tokens that no control has taken out of the loss so far."""
+    mask = trained_mask(batch)
+    for key, value in batch.items():
+        if key.startswith(_COEFFICIENT) and key.endswith("/keep"):
+            mask = mask & value
+    return mask
+
+
 def number_sequences(batch: dict[str, Any], rank: int) -> None:
     """Give each sequence its number in the whole rollout, over all ranks, before TRL shuffles them."""
     rows = batch["completion_ids"].size(0)
@@ -110,17 +119,16 @@ def attached(batch: Mapping[str, Any]) -> dict[str, Coefficients]:
     return {control: Coefficients(**values) for control, values in found.items()}
 
 
-def attach_step(batches: Sequence[dict[str, Any]], control: str, coefficients: Coefficients) -> None:
-    """`attach` for coefficients of the tokens of several micro-batches, one batch after the other."""
-    counts = [int(trained_mask(batch).sum()) for batch in batches]
-    for name, value in coefficients.present().items():
-        for batch, part in zip(batches, value.split(counts), strict=True):
-            attach(batch, {control: Coefficients(**{name: part})})
+def attach_step(batches: Sequence[dict[str, Any]], control: str, keep: Tensor) -> None:
+    """Put which of `step_tokens` [N] a control keeps into the step's micro-batches."""
+    masks = [kept_mask(batch) for batch in batches]
+    for batch, mask, part in zip(batches, masks, keep.split([int(m.sum()) for m in masks]), strict=True):
+        batch[f"{_COEFFICIENT}{control}/keep"] = torch.zeros_like(mask).masked_scatter(mask, part)
 
 
 def step_tokens(batches: Sequence[Mapping[str, Any]], *, seed: int, step: int) -> Tokens:
-    """The trained tokens of an optimizer step's micro-batches, before anything but their places is known."""
-    mask = [trained_mask(batch) for batch in batches]
+    """The tokens of an optimizer step's micro-batches that controls have kept so far; only their places are known."""
+    mask = [kept_mask(batch) for batch in batches]
     rows = torch.cat([batch[SEQUENCE] for batch in batches])
     sequence = torch.arange(len(rows), device=rows.device)
     per_batch = sequence.split([len(m) for m in mask])
@@ -152,10 +160,7 @@ def count_trained(batch: dict[str, Any], reduce: Reduce) -> dict[str, float]:
 
     A token that a control took out (`keep`) counts nowhere; a sequence without tokens is no part of a mean.
     """
-    mask = trained_mask(batch)
-    for key, value in batch.items():
-        if key.startswith(_COEFFICIENT) and key.endswith("/keep"):
-            mask = mask & value
+    mask = kept_mask(batch)
     counts = torch.stack(
         [
             mask.sum(),

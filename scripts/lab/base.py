@@ -136,9 +136,8 @@ def encoded(texts: list[str]) -> Tensor:
 @torch.no_grad()
 def measure(model: Any, problems: int = 256, samples: int = 16, seed: int = 12345) -> dict[str, float]:
     """pass@1, 8 and 16 on held-out problems, and the mean entropy of the tokens sampled (nats)."""
-    asked = draw(split(held_out=True), problems, np.random.default_rng(seed))
-    asked = asked[np.repeat(np.arange(problems), samples)]
-    prompts = encoded(asked.prompts())
+    asked = draw(split(held_out=True), problems, np.random.default_rng(seed)).prompts()
+    prompts = encoded(asked).repeat_interleave(samples, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = model.generate(
@@ -148,7 +147,6 @@ def measure(model: Any, problems: int = 256, samples: int = 16, seed: int = 1234
     logps = model(input_ids=ids[:, :-1], logits_to_keep=completions.size(1)).logits.log_softmax(-1)
     after_end = (completions == IDS[EOS]).cumsum(1) - (completions == IDS[EOS]).long() > 0
     entropy = -(logps.exp() * logps).sum(-1)[~after_end].mean()
-    right = torch.tensor(reward(completions.tolist(), asked.numbers.tolist(), asked.targets.tolist()))
-    scored = torch.full((problems,), samples)
-    correct = right.view(problems, samples).sum(1).long()
+    right = reward([prompt for prompt in asked for _ in range(samples)], completions.tolist())
+    scored, correct = torch.full((problems,), samples), torch.tensor(right).view(problems, samples).sum(1)
     return {f"pass@{k}": float(pass_at_k(scored, correct, k).mean()) for k in (1, 8, 16)} | {"entropy": float(entropy)}

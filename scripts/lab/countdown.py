@@ -112,15 +112,14 @@ def verify(words: Sequence[str], numbers: Sequence[int], target: int) -> float:
     return float(result == target)
 
 
-def reward(
-    completion_ids: Sequence[Sequence[int]], numbers: Sequence[Sequence[int]], target: Sequence[int], **_: object
-) -> list[float]:
+def reward(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]:
     """The verdict on each completion, as a reward function of the trainer; what follows an end token is padding."""
     found = []
-    for ids, given, wanted in zip(completion_ids, numbers, target, strict=True):
+    for prompt, ids in zip(prompts, completion_ids, strict=True):
+        *numbers, _arrow, target, _colon = prompt.split()
         words = [VOCABULARY[i] for i in ids]
         end = words.index(EOS) + 1 if EOS in words else len(words)
-        found.append(verify(words[:end], given, wanted))
+        found.append(verify(words[:end], [int(number) for number in numbers], int(target)))
     return found
 
 

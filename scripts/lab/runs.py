@@ -1,12 +1,10 @@
 """One RL run on the base model, by the product's own trainer, and what is read out of its records."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlvr
 from rlvr.errors import ConfigError
-from rlvr.law import fit_law
-from rlvr.monitor.records import read_evals, read_run, read_steps, rollout_points, series
+from rlvr.monitor.records import read_run
 
-from .countdown import COMPLETION_LENGTH, Solutions, draw, reward, split
+from .countdown import COMPLETION_LENGTH, draw, reward, split
 
 RUNS = Path("runs/lab")
 PROMPTS, GROUP, UPDATES = 32, 8, 4  # of a rollout
@@ -65,8 +62,8 @@ def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> rlvr
         AutoModelForCausalLM.from_pretrained(base),
         reward,
         config(run),
-        rows(problems),
-        rows(held_out),
+        Dataset.from_dict({"prompt": problems.prompts()}),
+        Dataset.from_dict({"prompt": held_out.prompts()}),
         processing_class=AutoTokenizer.from_pretrained(base),
         task_description="Countdown, 3 numbers",
         run_config=run_config,
@@ -98,7 +95,3 @@ def config(run: LabRun) -> rlvr.GRPOConfig:
     }
     return rlvr.GRPOConfig(output_dir=str(run.path), **{**common, **run.settings})
 
-
-def rows(problems: Solutions) -> Dataset:
-    numbers, targets = problems.numbers.tolist(), problems.targets.tolist()
-    return Dataset.from_dict({"prompt": problems.prompts(), "numbers": numbers, "target": targets})
