@@ -35,6 +35,7 @@ SETTINGS = (
 class Cpu(PlatformCUDA):
     device_name = vendor_name = "cpu"
     device_module = SimpleNamespace(
+        is_available=lambda: False,
         current_device=lambda: 0,
         get_device_name=lambda *_: "CPU",
         mem_get_info=lambda *_: (1, 1),
