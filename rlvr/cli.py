@@ -1,4 +1,4 @@
-"""The `rlvr` command: look at a run without a GPU, a network or an account."""
+"""The `rlvr` command: choose a checkpoint, look at a run; no network and no account."""
 
 import argparse
 import sys
@@ -35,6 +35,16 @@ def _parser() -> argparse.ArgumentParser:
 
     metrics = commands.add_parser("metrics", help="print every metric with its unit and meaning")
     metrics.set_defaults(run=_metrics)
+
+    # Its flags are the fields of dataclasses that live beside torch, so it parses them itself: here, no word is a flag.
+    select = commands.add_parser(
+        "select-checkpoint",
+        help="rank SFT checkpoints by entropy and pass@k on a task, before RL starts from one",
+        prefix_chars="\0",
+        add_help=False,
+    )
+    select.add_argument("words", nargs="*")
+    select.set_defaults(run=_select_checkpoint)
     return parser
 
 
@@ -54,6 +64,12 @@ def _metrics(arguments: argparse.Namespace) -> None:
     from rlvr.monitor.metrics import format_metrics
 
     print(format_metrics())
+
+
+def _select_checkpoint(arguments: argparse.Namespace) -> None:
+    from rlvr.trainers.checkpoint_choice import select_checkpoint
+
+    print(select_checkpoint(arguments.words))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from rlvr.monitor import (
     read_tokens,
     token_steps,
 )
-from rlvr.monitor.figures import PICTURES
 from rlvr.monitor.metrics import TOUCHED, format_metrics
+from rlvr.monitor.pictures import PICTURES
 from rlvr.monitor.records import series
 from rlvr.monitor.summary import MISMATCH, PHASES, VERIFIER
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlvr.errors import ConfigError
 from rlvr.monitor import Recorder, format_summary, summarize, write_report
-from rlvr.monitor.figures import PICTURES, rounds
+from rlvr.monitor.pictures import PICTURES, rounds
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" \u202e"
 

@@ -1,43 +1,155 @@
-"""Every recipe parses, names real fields, and is what its comments say."""
+"""Every recipe parses, has its paper's batches, and trains; recipes, README and PAPERS name the same methods."""
 
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from recipe_run import parse, small_config, train
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainingArguments
 from trl import ModelConfig, TrlParser
 
 import rlvr
+from rlvr.controls import CONTROLS
+from rlvr.monitor.metrics import METRICS
+from rlvr.surrogates import SURROGATES
 from rlvr.tasks import TaskConfig
+from rlvr.trainers.staged import total_steps
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+# Prompts and completions per prompt of a rollout, and optimizer steps on it, on eight processes.
+BATCHES = {
+    "adaptive_entropy": (256, 16, 1),
+    "c3po": (512, 16, 256),
+    "cispo": (512, 16, 16),
+    "clip_b": (64, 16, 1),
+    "clip_cov": (256, 8, 8),
+    "clip_higher": (256, 8, 8),
+    "clip_v": (64, 8, 1),
+    "dapo": (512, 16, 16),
+    "dppo": (256, 16, 8),
+    "dr_grpo": (128, 8, 8),
+    "entropy_advantage": (256, 8, 8),
+    "entropy_bonus": (256, 8, 8),
+    "gmpo": (128, 8, 8),
+    "gpg": (1024, 5, 4),
+    "grpo": (16, 64, 1),
+    "gspo": (256, 16, 4),
+    "high_entropy": (512, 16, 16),
+    "icepop": (256, 16, 8),
+    "kl_cov": (256, 8, 8),
+    "off_policy_mask": (256, 8, 8),
+    "sapo": (256, 16, 4),
+    "steer": (512, 8, 16),
+    "thermostat": (256, 8, 8),
+    "tis": (256, 8, 8),
+}
+STARTS = {"quickstart", "gsm8k_lora"}  # no paper's setting
+ENGINE = ["tis", "dppo", "icepop", "off_policy_mask"]  # read the engine's log-probs
 
 
-def parse(path: Path, *flags: str) -> tuple[TaskConfig, rlvr.GRPOConfig, ModelConfig]:
-    return TrlParser((TaskConfig, rlvr.GRPOConfig, ModelConfig)).parse_args_and_config(
-        ["--config", str(path), "--report_to", "none", *flags]
-    )
+def eight_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher announces and transformers finds, without starting any."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(TrainingArguments, "world_size", 8)
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_parses(path: Path) -> None:
-    _, args, model = parse(path)
+def test_every_recipe_of_a_paper_has_its_batches_in_the_table() -> None:
+    assert BATCHES.keys() | STARTS == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(STARTS))
+def test_first_recipes_parse_on_one_process(name: str) -> None:
+    _, args, model = parse(RECIPES[name])
     assert model.model_name_or_path
-    assert args.updates_per_rollout >= 1
+    assert args.updates_per_rollout > 1
 
 
-@pytest.mark.parametrize("name", ["kl_cov", "clip_cov", "grpo"])
-def test_paper_recipes_take_eight_updates_of_256_per_rollout_on_eight_processes(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = next(p for p in RECIPES if p.stem == name)
-    _, args, _ = parse(path)
+@pytest.mark.parametrize("name", BATCHES)
+def test_paper_recipes_have_the_papers_batches_on_eight_processes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eight_processes(monkeypatch)
+    task, args, model = parse(RECIPES[name])
+    prompts, completions, updates = BATCHES[name]
+    assert (args.generation_batch_size, args.num_generations) == (prompts * completions, completions)
     per_update = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert per_update == 256
-    assert args.generation_batch_size / per_update == 8
-    assert args.save_steps % 8 == 0
+    assert args.updates_per_rollout == updates and per_update * updates == prompts * completions
+    assert args.save_steps % updates == 0  # a resumed run starts with a new rollout
+    assert f" = {per_update} completions per update" in RECIPES[name].read_text()
+    assert args.output_dir == f"runs/{name}" and model.model_name_or_path
+    if task.schedule:
+        assert total_steps(task.schedule, args.max_steps, updates) > 0
 
 
-def test_any_field_is_a_flag() -> None:
-    path = next(p for p in RECIPES if p.stem == "kl_cov")
-    _, args, _ = parse(path, "--learning_rate", "3e-6", "--controls", '{"name": "kl_cov", "fraction": 0.01}')
-    assert args.learning_rate == 3e-6
-    assert args.control_list[0].fraction == 0.01
+@pytest.fixture(scope="module")
+def tiny_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of a two-layer mixture of experts with the tokenizer of `tiny_model_dir`."""
+    path = tmp_path_factory.mktemp("tiny-moe")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def check_trained(args: rlvr.GRPOConfig, result: dict[str, Any]) -> None:
+    """Two steps were taken, and whatever the run has tells of itself."""
+    assert len(result["steps"]) == 2 and result["moved"] and result["finite"]
+    areas = {control.name for control in args.control_list} | ({"thermostat"} if args.thermostat_config else set())
+    for step in result["steps"]:
+        told = {name for name in METRICS if name.partition("/")[0] in areas}
+        assert told <= step.keys()
+        assert {f"{control.name}/effect" for control in args.control_list} <= step.keys()
+        assert all(value == value for value in step.values())
+    assert any(step["optim/grad_norm"] > 0 for step in result["steps"])
+
+
+@pytest.mark.parametrize("name", [name for name in BATCHES if name not in ENGINE])
+def test_recipe_trains(
+    name: str, tiny_model_dir: Path, tiny_moe_dir: Path, tmp_path: Path
+) -> None:
+    args = small_config(RECIPES[name], tmp_path, updates=BATCHES[name][2], vllm=False)
+    assert args.updates_per_rollout == BATCHES[name][2]
+    result = train(args, tiny_moe_dir if args.router_z_loss_coef else tiny_model_dir)
+    check_trained(args, result)
+    if args.router_z_loss_coef:
+        assert result["steps"][-1]["policy/router_z_loss"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.parametrize("name", [ENGINE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINE[1:])])
+def test_recipe_that_reads_the_engine_trains_on_it(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("recipe_run.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(RECIPES[name]), str(tiny_model_dir), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    args = small_config(RECIPES[name], tmp_path, updates=BATCHES[name][2], vllm=True)
+    check_trained(args, json.loads(run.stdout.splitlines()[-1]))

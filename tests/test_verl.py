@@ -12,16 +12,16 @@ import pytest
 import torch
 from control_cases import CASES
 from torch import Tensor
+from verl_cases import B, Batch, T, actor, batch, grad_of, run
 
 from rlvr.controls import CONTROLS, apply
 from rlvr.errors import ConfigError
-from rlvr.integrations.verl import keyed_tokens, pass_entropy, policy_loss, rlvr_loss, with_entropy
+from rlvr.integrations.verl import keyed_tokens, pass_entropy, policy_loss
 from rlvr.objective import policy_loss as core_loss
 from rlvr.surrogates import SURROGATES
 from rlvr.types import LocalReduce, Tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
-B, T = 7, 9
 REFUSED = {
     "adaptive_entropy": "steps",
     "clip_v": "mean_discriminator",
@@ -35,7 +35,6 @@ REFUSED = {
     "token_budget": "optimizer_step",
 }
 PORTABLE = sorted(CASES.keys() - REFUSED.keys())
-Batch = dict[str, Tensor]
 
 
 @pytest.fixture(params=["fake", "real"] if find_spec("verl") else ["fake"])
@@ -49,53 +48,6 @@ def verl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr(losses, "ppo_loss", losses.ppo_loss)
     monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
     return losses
-
-
-def actor(section: dict[str, Any] | None = None, **options: Any) -> Any:
-    """verl's actor configuration, whose `policy_loss` section is ours."""
-    from verl.workers.config import ActorConfig
-
-    loss = policy_loss(loss_mode="rlvr", **(section or {}))
-    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=loss, **options)
-
-
-def batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
-    """(B, T) tensors as verl hands them to a loss; row 2 has no valid token, padding holds large numbers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    mask = torch.rand(B, T, generator=generator) < 0.7
-    mask[2] = False
-    old = -2 * draw(B, T).abs()
-    values = {
-        "old_log_prob": old,
-        "log_prob": old + 0.3 * draw(B, T),
-        "advantages": draw(B, 1).expand(B, T).clone(),
-        "entropy": draw(B, T).abs(),
-        "rollout_is_weights": draw(B, T).exp(),
-    }
-    values = {name: torch.where(mask, x, 50.0).to(dtype) for name, x in values.items()}
-    values["log_prob"].requires_grad_()
-    return {**values, "response_mask": mask}
-
-
-def run(config: Any, values: Batch, *, weights: bool = False, entropy: bool = True) -> tuple[Tensor, dict[str, float]]:
-    """The loss, called as verl's `ppo_loss` calls it, within our wrapper of that."""
-
-    def call(config: Any, model_output: Batch, data: Batch, dp_group: Any = None) -> Any:
-        return rlvr_loss(
-            old_log_prob=data["old_log_prob"],
-            log_prob=data["log_prob"],
-            advantages=data["advantages"],
-            response_mask=data["response_mask"],
-            loss_agg_mode=config.loss_agg_mode,
-            config=config,
-            rollout_is_weights=data["rollout_is_weights"] if weights else None,
-        )
-
-    return with_entropy(call, lambda x, data: x)(config, {"entropy": values["entropy"]} if entropy else {}, values)
 
 
 def section_of(name: str, **more: Any) -> dict[str, Any]:
@@ -120,10 +72,6 @@ def tokens_of(values: Batch, config: Any) -> tuple[Tokens, dict[str, Any]]:
         clipped = surrogate.clipped(surrogate.ratio(tokens), tokens)
         outcome = apply(controls, tokens, clipped, LocalReduce())
     return tokens, {"surrogate": surrogate, "coefficients": outcome.coefficients}
-
-
-def grad_of(loss: Tensor, values: Batch) -> Tensor:
-    return torch.autograd.grad(loss, values["log_prob"], retain_graph=True)[0]
 
 
 @pytest.mark.parametrize("name", PORTABLE)

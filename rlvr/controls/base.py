@@ -50,6 +50,11 @@ class Control:
     @abstractmethod
     def scope(self) -> Scope: ...
 
+    @property
+    def idle(self) -> bool:
+        """Whether these hyper-parameters make it do nothing: a run refuses that unless a thermostat moves it."""
+        return False
+
     @abstractmethod
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome: ...
 

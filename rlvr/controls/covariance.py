@@ -107,6 +107,10 @@ class KlCov(Control):
     def needs(self) -> frozenset[str]:
         return frozenset({"key"})
 
+    @property
+    def idle(self) -> bool:
+        return self.coef == 0
+
     def __post_init__(self) -> None:
         check_fraction("fraction", self.fraction)
         check_scope(self.scope)

@@ -65,6 +65,10 @@ class HighEntropyTokens(Control):
     def needs(self) -> frozenset[str]:
         return frozenset({"entropy"})
 
+    @property
+    def idle(self) -> bool:
+        return self.fraction == 1
+
     def __post_init__(self) -> None:
         check_fraction("fraction", self.fraction)
         check_scope(self.scope)
@@ -100,6 +104,10 @@ class EntropyBonus(Control):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"entropy"})
+
+    @property
+    def idle(self) -> bool:
+        return self.coef == 0
 
     @property
     def scope(self) -> Scope:
@@ -147,6 +155,10 @@ class AdaptiveEntropy(Control):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"entropy"})
+
+    @property
+    def idle(self) -> bool:
+        return self.max_coef == 0
 
     @property
     def scope(self) -> Scope:
@@ -207,6 +219,10 @@ class EntropyAdvantage(Control):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"entropy"})
+
+    @property
+    def idle(self) -> bool:
+        return self.alpha == 0
 
     def __post_init__(self) -> None:
         check_coef("alpha", self.alpha)

@@ -30,6 +30,10 @@ class ReferenceKl(Control):
         return frozenset({"ref_logps"} if self.coef else ())
 
     @property
+    def idle(self) -> bool:
+        return self.coef == 0
+
+    @property
     def scope(self) -> Scope:
         """Tokens share nothing, and the gradient is that of the current policy's KL."""
         return "micro_batch"

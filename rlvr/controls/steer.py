@@ -81,6 +81,10 @@ class Steer(Control):
     def needs(self) -> frozenset[str]:
         return frozenset({"entropy", "mean_discriminator"} if self.form == "full" else {"entropy"})
 
+    @property
+    def idle(self) -> bool:
+        return self.mapping == "exp" and self.min_weight == 1
+
     def __post_init__(self) -> None:
         check_scope(self.scope)
         if self.form not in ("theorem", "released", "full"):

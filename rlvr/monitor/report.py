@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlvr import __version__
-from rlvr.monitor.figures import DARK, LIGHT, PICTURES, Picture, Records, render
+from rlvr.monitor.figures import DARK, LIGHT, Picture, Records, render
 from rlvr.monitor.metrics import METRICS
+from rlvr.monitor.pictures import PICTURES
 from rlvr.monitor.records import read_evals, read_run, read_steps
 from rlvr.monitor.samples import escape, samples_html
 from rlvr.monitor.summary import format_summary, summarize
@@ -44,11 +45,12 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     run_dir = Path(run_dir)
     page = Path(output) if output is not None else run_dir / "report.html"
     summary = summarize(run_dir)
-    records = Records(read_steps(run_dir), read_evals(run_dir))
     run = read_run(run_dir)
+    records = Records(read_steps(run_dir), read_evals(run_dir), run)
     sections = [_section("Summary", f"<pre>{escape(format_summary(summary))}</pre>")]
     for picture in PICTURES:
-        sections.append(_section(picture.title, _picture(picture, records, run_dir / "report")))
+        body = _picture(picture, records, run_dir / "report")
+        sections += [_section(picture.title, body)] if body else []
     samples = samples_html(run_dir) or '<p class="note">No token-level records.</p>'
     sections += [_section("Sampled completions", samples), _section("Configuration", _configuration(run))]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +77,15 @@ def _section(title: str, body: str) -> str:
 
 
 def _picture(picture: Picture, records: Records, folder: Path) -> str:
-    """The picture in both themes with the unit and meaning of its metrics; the light one also as a file."""
+    """The picture in both themes with the unit and meaning of its metrics, "" if it is left out; the light one also
+    as a file.
+    """
     shown = picture.metrics(records)
-    missing = ", ".join(name for name in picture.needs if name not in shown)
+    missing = "" if picture.optional else ", ".join(name for name in picture.needs if name not in shown)
+    absent = f'<p class="note">Not measured: {missing}.</p>' if missing else ""
     if not shown:
         (folder / f"{picture.name}.png").unlink(missing_ok=True)
-        return f'<p class="note">Not measured: {missing}.</p>'
+        return absent
     light, dark = render(picture, records, LIGHT), render(picture, records, DARK)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{picture.name}.png").write_bytes(light)
@@ -88,10 +93,11 @@ def _picture(picture: Picture, records: Records, folder: Path) -> str:
         f'<tr><td>{name}</td><td class="unit">{METRICS[name].unit}</td><td>{escape(_meaning(name))}</td></tr>'
         for name in shown
     )
-    note = f'<p class="note">Not measured: {missing}.</p>' if missing else ""
+    note = escape(picture.note(records))
     return (
         f'<picture><source srcset="{_inline(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{_inline(light)}" alt="{escape(picture.title)}"></picture><table>{rows}</table>{note}'
+        f'<img src="{_inline(light)}" alt="{escape(picture.title)}"></picture><p class="note">{note}</p>'
+        f"<table>{rows}</table>{absent}"
     )
 
 

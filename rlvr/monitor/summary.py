@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlvr.errors import ConfigError
+from rlvr.monitor.evaluations import Heldout, heldout, heldout_rows
+from rlvr.monitor.instruments import Instruments, instrument_rows, read_instruments
 from rlvr.monitor.metrics import METRICS, TOUCHED
 from rlvr.monitor.records import holds_run, read_evals, read_run, read_steps, series
 
@@ -27,19 +29,6 @@ MISMATCH: dict[str, Callable[[Sequence[float]], float] | None] = {  # None: toke
     "mismatch/ratio_max": max,
 }
 VERIFIER = ("reward/verifier_timeouts", "reward/verifier_errors", "reward/unscored")
-
-
-@dataclass(frozen=True, slots=True)
-class Heldout:
-    """Mean held-out reward after `step`, with the half width of its 95 % interval if that was recorded.
-
-    domains: the same of each domain, where the run's task has several.
-    """
-
-    step: int
-    reward: float
-    ci95: float | None
-    domains: "dict[str, Heldout]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +68,7 @@ class Summary:
     heldout_after: Heldout | None
     entropy: Change | None
     reward: Change | None
+    instruments: Instruments
     touched: dict[str, float]
     mismatch: dict[str, float]
     verifier: dict[str, float]
@@ -97,7 +87,7 @@ def summarize(run_dir: str | Path) -> Summary:
             f"RUN_DIR={str(run_dir)!r} holds no run (neither run.json nor steps.jsonl); give its output_dir"
         )
     run, steps = read_run(run_dir), read_steps(run_dir)
-    heldout = _heldout(read_evals(run_dir))
+    held_out = heldout(read_evals(run_dir))
     seconds = series(steps, "time/step")[1]
     last = steps[-1] if steps else {"step": 0, "tokens": 0}
     mismatch = {name: _reduce(steps, name, reduce) for name, reduce in MISMATCH.items()}
@@ -110,10 +100,11 @@ def summarize(run_dir: str | Path) -> Summary:
         tokens=last["tokens"],
         wall_seconds=last["time"] - run["started"] if steps and "started" in run else None,
         step_seconds=sum(seconds) if seconds else None,
-        heldout_before=heldout[0] if heldout else None,
-        heldout_after=heldout[-1] if len(heldout) > 1 else None,
+        heldout_before=held_out[0] if held_out else None,
+        heldout_after=held_out[-1] if len(held_out) > 1 else None,
         entropy=_change(steps, "entropy/mean"),
         reward=_change(steps, "reward/mean"),
+        instruments=read_instruments(run, steps),
         touched=_measured({name: _reduce(steps, name) for name in TOUCHED}),
         mismatch=_measured(mismatch),
         verifier=_measured({name: _mean(series(steps, name)[1]) for name in VERIFIER}),
@@ -123,9 +114,11 @@ def summarize(run_dir: str | Path) -> Summary:
 
 
 def format_summary(summary: Summary) -> str:
-    """Plain text for a terminal of 100 columns, at most 40 lines, and one for each domain."""
+    """Plain text for a terminal of 100 columns, at most 40 lines, a dozen of instruments and one for each domain."""
     rows = [_header(summary), "", *_quality(summary), ""]
-    rows += _table("share of trained tokens touched", summary.touched, "fraction")
+    instruments = instrument_rows(summary.instruments)
+    rows += [*instruments, ""] if instruments else []
+    rows += _touched(summary.touched)
     rows += _table("engine against trainer", summary.mismatch, None)
     rows += _table("verifier failures, share of completions", summary.verifier, "fraction")
     rows += _times(summary.phases)
@@ -143,21 +136,6 @@ def format_seconds(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-
-
-def _heldout(evals: Sequence[dict[str, Any]]) -> list[Heldout]:
-    found = []
-    for record in evals:
-        of_all = _heldout_of(record["step"], record["metrics"])
-        parts = {name: _heldout_of(record["step"], part) for name, part in record.get("domains", {}).items()}
-        if of_all is not None:
-            found.append(replace(of_all, domains={name: part for name, part in parts.items() if part is not None}))
-    return found
-
-
-def _heldout_of(step: int, metrics: dict[str, Any]) -> Heldout | None:
-    reward, ci95 = (float(metrics.get(f"heldout/{name}", math.nan)) for name in ("reward", "reward_ci95"))
-    return Heldout(step, reward, ci95 if math.isfinite(ci95) else None) if math.isfinite(reward) else None
 
 
 def _change(steps: Sequence[dict[str, Any]], name: str) -> Change | None:
@@ -242,12 +220,7 @@ def _header(summary: Summary) -> str:
 
 def _quality(summary: Summary) -> list[str]:
     rows = [f"{'':<18}{'before':<30}{'after'}"]
-    before, after = (_heldout_text(value) for value in (summary.heldout_before, summary.heldout_after))
-    rows.append(f"{'held-out reward':<18}{before:<30}{after}")
-    ends = [value.domains if value else {} for value in (summary.heldout_before, summary.heldout_after)]
-    for domain in {**ends[0], **ends[1]}:
-        before, after = (_heldout_text(end.get(domain)) for end in ends)
-        rows.append(f"{'  ' + domain[-15:]:<18}{before:<30}{after}")
+    rows += heldout_rows(summary.heldout_before, summary.heldout_after)
     for label, change in (("training reward", summary.reward), ("entropy (nats)", summary.entropy)):
         if change is None:
             rows.append(f"{label:<18}not measured")
@@ -259,11 +232,11 @@ def _quality(summary: Summary) -> list[str]:
     return rows
 
 
-def _heldout_text(value: Heldout | None) -> str:
-    if value is None:
-        return "not measured"
-    interval = f" ± {value.ci95:.3f}" if value.ci95 is not None else ""
-    return f"{value.reward:.3f}{interval}  (step {value.step})"
+def _touched(shares: dict[str, float]) -> list[str]:
+    """The table without a clip that never acted, which many surrogates do not even have."""
+    acting = {name: share for name, share in shares.items() if share or not name.startswith("clip/")}
+    title = "share of trained tokens touched"
+    return [f"{title}: none"] if shares and not acting else _table(title, acting, "fraction")
 
 
 def _table(title: str, values: dict[str, float], unit: str | None) -> list[str]:

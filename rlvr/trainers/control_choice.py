@@ -1,9 +1,11 @@
 """What controls, thermostat and TRL's fields demand of each other, checked before any model is loaded."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from rlvr.controls import construct
+from rlvr.controls.budget import TokenBudget
 from rlvr.controls.mismatch import EngineCorrection
 from rlvr.errors import ConfigError
 from rlvr.thermostat import Thermostat
@@ -68,15 +70,41 @@ def _replace_engine_correction(args: "GRPOConfig", name: str) -> None:
 
 def check_updates(args: "GRPOConfig") -> None:
     """After TRL has resolved the batch sizes: refuse controls that would do nothing, or half of it."""
+    lever = args.thermostat_config.lever if args.thermostat_config is not None else ""
+    if lever.startswith("surrogate.") and args.updates_per_rollout <= 1:
+        raise ConfigError(
+            f"thermostat lever={lever} does nothing with {args.updates_per_rollout:g} update(s) per rollout, as the "
+            f"ratio is 1: set num_iterations >= 2 or steps_per_generation >= {2 * args.gradient_accumulation_steps}"
+        )
     for control in args.control_list:
+        if control.idle and not lever.startswith(f"{control.name}."):
+            raise ConfigError(
+                f"controls {control.name} does nothing with {_settings(control)}: change it or remove it"
+            )
         if control.off_policy_only and args.updates_per_rollout <= 1:
             raise ConfigError(
                 f"controls {control.name} does nothing with {args.updates_per_rollout:g} update(s) per rollout, since "
                 "old and current policy are equal: set num_iterations >= 2 or steps_per_generation >= "
                 f"{2 * args.gradient_accumulation_steps}"
             )
-        if control.name == "token_budget" and args.steps_per_generation % args.gradient_accumulation_steps:
-            raise ConfigError(
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps} must divide steps_per_generation="
-                f"{args.steps_per_generation}: controls token_budget needs whole optimizer steps in a rollout"
-            )
+        if isinstance(control, TokenBudget):
+            _check_budget(args, control)
+
+
+def _check_budget(args: "GRPOConfig", budget: TokenBudget) -> None:
+    if args.steps_per_generation % args.gradient_accumulation_steps:
+        raise ConfigError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} must divide steps_per_generation="
+            f"{args.steps_per_generation}: controls token_budget needs whole optimizer steps in a rollout"
+        )
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    most = completions * args.max_completion_length
+    if budget.tokens > most:
+        raise ConfigError(
+            f"controls token_budget tokens={budget.tokens}: a step has at most {most} ({completions} completions of "
+            f"max_completion_length={args.max_completion_length}), so nothing would ever be cut: lower it"
+        )
+
+
+def _settings(control: Any) -> str:
+    return ", ".join(f"{f.name}={getattr(control, f.name)}" for f in fields(control))

@@ -1,7 +1,7 @@
 """Countdown: reach a target from three numbers in two written steps. Every number is one token, the verdict exact.
 
-    prompt      7 3 12 > 22 :
-    completion  7 + 3 = 10 10 + 12 = 22 <eos>
+prompt      7 3 12 > 22 :
+completion  7 + 3 = 10 10 + 12 = 22 <eos>
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlvr
 from rlvr.errors import ConfigError
-from rlvr.monitor.records import read_run
+from rlvr.monitor.records import read_evals, read_run
 
 from .countdown import COMPLETION_LENGTH, draw, reward, split
 
@@ -43,7 +43,7 @@ def perform(run: LabRun, base: Path) -> Path:
     """
     wanted = {"lab_base": str(base), "lab_rollouts": run.rollouts, "lab_settings": json.dumps(run.settings)}
     before = read_run(run.path)
-    if before.get("status") == "finished":
+    if before.get("status") == "finished" and read_evals(run.path):
         if any(before["config"].get(name) != value for name, value in wanted.items()):
             raise ConfigError(f"{run.path} holds a run with other settings: move it away, or choose another name")
         return run.path
@@ -94,4 +94,3 @@ def config(run: LabRun) -> rlvr.GRPOConfig:
         "disable_tqdm": True,
     }
     return rlvr.GRPOConfig(output_dir=str(run.path), **{**common, **run.settings})
-

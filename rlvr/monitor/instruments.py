@@ -1,0 +1,195 @@
+"""What the instruments of a run found: the law of reward and entropy, the thermostat, the dynamics of entropy."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from rlvr.law import LawFit, fit_law
+from rlvr.monitor.records import rollout_points, series
+from rlvr.thermostat import Thermostat
+
+# Tokens by the sign of their advantage and the side of exp(-H) on which their probability lies.
+CLASSES = ("rewarded_likely", "rewarded_unlikely", "punished_likely", "punished_unlikely")
+ESTIMATORS = ("discriminator", "covariance", "single_logit", "steer", "steer_released")
+LABEL, WIDTH = 18, 100  # columns of the summary
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How a thermostat did.
+
+    thermostat: its settings, None if the run's configuration does not hold them.   inside: share of the last `steps`
+    steps with entropy inside the band.   value, position: of the lever, now.   outside: steps in a row outside the
+    band until now, negative below it.
+    """
+
+    thermostat: Thermostat | None
+    inside: float
+    steps: int
+    value: float
+    position: float
+    outside: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamics:
+    """Means over the `steps` watched optimizer steps.
+
+    measured, predicted: entropy change of the probe's tokens, nats; predicted is that of an SGD step.
+    correlations: over tokens, of each estimator with the measured change.   by_class: the part of `measured` at each
+    class of tokens.   effects: what each control adds to `predicted`.
+    """
+
+    steps: int
+    measured: float
+    predicted: float
+    correlations: dict[str, float]
+    by_class: dict[str, float]
+    effects: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments:
+    """None: not recorded."""
+
+    law: LawFit | None
+    thermostat: Holding | None
+    dynamics: Dynamics | None
+
+
+def read_instruments(run: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> Instruments:
+    """run: of run.json.   steps: of steps.jsonl."""
+    return Instruments(law_found(steps), _holding(run, steps), _dynamics(steps))
+
+
+def law_found(steps: Sequence[dict[str, Any]]) -> LawFit | None:
+    """The law fitted to all rollouts of the run."""
+    points = rollout_points(steps)
+    return fit_law(*zip(*points, strict=True)) if points else None
+
+
+def thermostat_of(run: Mapping[str, Any]) -> Thermostat | None:
+    """The settings of the run's thermostat, those of its last resumption; None if there are none, or no valid ones."""
+    spec = run.get("config", {}).get("thermostat")
+    for resumption in run.get("resumed", ()):
+        spec = resumption.get("changed_config", {}).get("thermostat", spec)
+    try:
+        return Thermostat(**(json.loads(spec) if isinstance(spec, str) else spec))
+    except (TypeError, ValueError):
+        return None
+
+
+def _holding(run: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> Holding | None:
+    outside = series(steps, "thermostat/outside")[1]
+    value, position = (series(steps, f"thermostat/{name}")[1] for name in ("value", "position"))
+    if not (outside and value and position):
+        return None
+    late = outside[len(outside) // 2 :]
+    inside = sum(not steps_out for steps_out in late) / len(late)
+    return Holding(thermostat_of(run), inside, len(late), value[-1], position[-1], int(outside[-1]))
+
+
+def _dynamics(steps: Sequence[dict[str, Any]]) -> Dynamics | None:
+    measured, predicted = (series(steps, f"dynamics/{name}")[1] for name in ("measured", "predicted"))
+    if not (measured and predicted):
+        return None
+    recorded = {name for record in steps for name in record["metrics"]}
+    controls = sorted(name.removesuffix("/effect") for name in recorded if name.endswith("/effect"))
+    return Dynamics(
+        steps=len(measured),
+        measured=fmean(measured),
+        predicted=fmean(predicted),
+        correlations=_means(steps, {name: f"dynamics/{name}_correlation" for name in ESTIMATORS}),
+        by_class=_means(steps, {name: f"dynamics/measured_{name}" for name in CLASSES}),
+        effects=_means(steps, {name: f"{name}/effect" for name in controls}),
+    )
+
+
+def _means(steps: Sequence[dict[str, Any]], names: Mapping[str, str]) -> dict[str, float]:
+    found = {key: series(steps, name)[1] for key, name in names.items()}
+    return {key: fmean(values) for key, values in found.items() if values}
+
+
+# ------------------------------------------------------------------------------------------------------------- as text
+
+
+def instrument_rows(found: Instruments) -> list[str]:
+    """Lines of the summary, a block for each instrument that was recorded."""
+    rows: list[str] = []
+    if found.law is not None:
+        rows += _block("law", [law_formula(found.law), law_verdict(found.law)])
+    if found.thermostat is not None:
+        rows += _block("thermostat", _holding_lines(found.thermostat))
+    if found.dynamics is not None:
+        rows += _block("entropy dynamics", _dynamics_lines(found.dynamics))
+    return rows
+
+
+def law_formula(law: LawFit) -> str:
+    """The fit in one line."""
+    if law.num_points < 3:
+        return f"R = -a exp(H) + b over {law.num_points} rollouts"
+    sign = "-" if law.b < 0 else "+"
+    fit = f"R = {-law.a:.3f} exp(H) {sign} {abs(law.b):.3f} over {law.num_points} rollouts"
+    return f"{fit}, R2 {law.r2:.3f} (a straight line in H: {law.r2_linear:.3f})"
+
+
+def law_verdict(law: LawFit) -> str:
+    """Whether to believe the fit, and what it predicts if so."""
+    if law.verdict != "holds":
+        return f"{law.verdict}: {law.reason}"
+    interval = f"[{law.ceiling_low:.3f}, {law.ceiling_high:.3f}]"
+    return f"predicted ceiling {law.ceiling:.3f} {interval}, if the law holds down to H = 0"
+
+
+def _holding_lines(found: Holding) -> list[str]:
+    settings = found.thermostat
+    lever = settings.lever if settings else "lever"
+    band = f"the band [{settings.low:g}, {settings.high:g}] nats" if settings else "the band"
+    alarm = settings is not None and abs(found.outside) >= settings.patience
+    where = f"at {found.value:.4g}, {100 * found.position:.0f} % of the way to most entropy"
+    if found.outside == 0:
+        return [f"inside {band} in {100 * found.inside:.0f} % of the last {found.steps} steps", f"{lever} {where}"]
+    side, limit = ("below", 1) if found.outside < 0 else ("above", 0)
+    end = ": at the end of its range, widen it" if found.position == limit else ""
+    return [
+        f"inside {band} in {100 * found.inside:.0f} % of the last {found.steps} steps",
+        f"{lever} {where}{end}",
+        f"{'WARNING: ' if alarm else ''}{side} the band for {_count(abs(found.outside), 'step')} now",
+    ]
+
+
+def _dynamics_lines(found: Dynamics) -> list[str]:
+    lines = [
+        f"{found.measured:+.2g} nats per step measured, {found.predicted:+.1e} predicted for SGD "
+        f"({_count(found.steps, 'step')} watched)"
+    ]
+    if found.correlations:
+        lines.append(_correlation_line(found.correlations))
+    spent = {name: value for name, value in found.by_class.items() if value < 0}
+    if spent:
+        most = min(spent, key=spent.__getitem__)
+        lines.append(f"entropy is spent most at {most.replace('_', ', ')} tokens: {spent[most]:+.2g} nats per step")
+    for name, effect in found.effects.items():
+        lines.append(f"{name} adds {effect:+.1e} to the prediction; without it {found.predicted - effect:+.1e}")
+    return lines
+
+
+def _correlation_line(correlations: Mapping[str, float]) -> str:
+    best = max(correlations, key=correlations.__getitem__)
+    named = [f"{name} {correlations[name]:.2f}" for name in ("discriminator",) if name in correlations]
+    named += [f"best {best} {correlations[best]:.2f}"] if best != "discriminator" else []
+    return f"correlation over tokens, predicted with measured: {', '.join(named)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _block(label: str, lines: Sequence[str]) -> list[str]:
+    """The lines beside a label, wrapped to the width of a terminal."""
+    wrapped = [part for line in lines for part in textwrap.wrap(line, WIDTH - LABEL)]
+    return [f"{label if number == 0 else '':<{LABEL}}{line}" for number, line in enumerate(wrapped)]

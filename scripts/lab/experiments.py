@@ -1,0 +1,70 @@
+"""Which runs an experiment compares."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .results import Band, Result, as_json, entropy_of_rollouts, picture, result, table
+from .runs import RUNS, UPDATES, LabRun, perform
+
+Settings = Mapping[str, Any]
+BAND = Band(0.35, 0.45)
+KL_COV = {"name": "kl_cov", "fraction": 0.2}
+
+
+def bonus(coef: float) -> Settings:
+    return {"controls": [{"name": "entropy_bonus", "coef": coef}]}
+
+
+def hold(lever: str, control: Settings, lowest: float, highest: float) -> Settings:
+    """A thermostat that holds entropy in the band by a hyper-parameter of the control, starting from `lowest`."""
+    name, _, field = lever.partition(".")
+    band = {"low": BAND.low, "high": BAND.high}
+    return {
+        "controls": [{"name": name, **control, field: lowest}],
+        "thermostat": {"lever": lever, **band, "lowest": lowest, "highest": highest},
+    }
+
+
+METHODS: dict[str, Settings] = {
+    "grpo": {},
+    **{f"bonus-{coef}": bonus(coef) for coef in (0.001, 0.003, 0.01, 0.03, 0.1)},
+    "kl-cov": {"controls": [{**KL_COV, "coef": 1.0}]},
+    "thermostat-bonus": hold("entropy_bonus.coef", {}, 0.0, 0.1),
+    "thermostat-kl-cov": hold("kl_cov.coef", KL_COV, 0.0, 10.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """methods: names in METHODS."""
+
+    name: str
+    about: str
+    methods: tuple[str, ...]
+
+
+EXPERIMENTS = {
+    one.name: one
+    for one in (
+        Experiment("collapse", "plain GRPO: entropy collapses, and reward follows it", ("grpo",)),
+        Experiment("thermostat", "entropy held in a band, against constant bonuses", tuple(METHODS)),
+    )
+}
+
+
+def conduct(experiment: Experiment, seeds: Sequence[int], base: Path) -> str:
+    """Make the runs that are missing, write <name>.json and <name>.png beside them; returns the table."""
+    results: dict[str, list[Result]] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for method in experiment.methods:
+        for seed in seeds:
+            path = perform(LabRun(name=method, seed=seed, settings=METHODS[method]), base)
+            results.setdefault(method, []).append(result(path, UPDATES, BAND))
+            curves.setdefault(method, []).append(entropy_of_rollouts(path, UPDATES))
+    written = {method: as_json(found) for method, found in results.items()}
+    (RUNS / f"{experiment.name}.json").write_text(json.dumps(written, indent=2) + "\n")
+    (RUNS / f"{experiment.name}.png").write_bytes(picture(curves, UPDATES, BAND))
+    return table(results)
