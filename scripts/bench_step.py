@@ -28,11 +28,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rlvr
 
-SIDES: dict[str, list[Any] | None] = {
+THERMOSTAT = {"lever": "kl_cov.coef", "low": 0.3, "high": 0.5, "lowest": 0.0, "highest": 10.0}
+SIDES: dict[str, dict[str, Any] | None] = {
     "stock TRL": None,
-    "rlvr, no control": [],
-    "rlvr, clip_cov": [{"name": "clip_cov", "low": 0.0}],
-    "rlvr, kl_cov": [{"name": "kl_cov"}],
+    "no control": {},
+    "no diagnostics": {"diagnostics": False},
+    "clip_cov": {"controls": [{"name": "clip_cov", "low": 0.0}]},
+    "kl_cov, thermostat": {"controls": ["kl_cov"], "thermostat": THERMOSTAT},
+    "steer": {"controls": ["steer"]},
+    "clip_b": {"controls": ["clip_b"]},
+    "clip_v": {"controls": ["clip_v"]},
+    "high_entropy": {"controls": ["high_entropy"]},
+    "entropy_bonus": {"controls": ["entropy_bonus"]},
+    "entropy_advantage": {"controls": ["entropy_advantage"]},
+    "token_budget": {"controls": [{"name": "token_budget", "tokens": 64}]},
+    "probe of 2": {"probe_sequences": 2},
 }
 
 
@@ -83,8 +93,8 @@ def share_of_digits(completions: list[str], **_: Any) -> list[float]:
 
 def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> Any:
     """The side's trainer, ready to train for all rounds."""
-    controls = SIDES[side]
-    config: Any = trl.GRPOConfig if controls is None else rlvr.GRPOConfig
+    settings = SIDES[side]
+    config: Any = trl.GRPOConfig if settings is None else rlvr.GRPOConfig
     args = config(
         output_dir=f"{folder}/{side}",
         per_device_train_batch_size=options.batch,
@@ -99,25 +109,27 @@ def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> 
         bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
-        **({"controls": controls} if controls else {}),
+        **(settings or {}),
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     rows = Dataset.from_list([{"prompt": f"{a} + {b} ="} for a in range(20) for b in range(20)])
-    trainer: Any = trl.GRPOTrainer if controls is None else rlvr.GRPOTrainer
+    trainer: Any = trl.GRPOTrainer if settings is None else rlvr.GRPOTrainer
     return trainer(model, share_of_digits, args, rows, processing_class=tokenizer, callbacks=[Turn(side, turns)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), help="which of: " + ", ".join(SIDES))
     parser.add_argument("--rounds", type=int, default=12, help="rollouts per side; the first is a warm-up")
     parser.add_argument("--batch", type=int, default=8, help="completions per step")
     parser.add_argument("--length", type=int, default=16, help="tokens per completion")
     options = parser.parse_args()
-    turns = Turns(list(SIDES), options.rounds)
+    sides = ["stock TRL", *(side for side in options.sides if side != "stock TRL")]
+    turns = Turns(sides, options.rounds)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        trainers = [build(side, folder, turns, options) for side in SIDES]
+        trainers = [build(side, folder, turns, options) for side in sides]
         with contextlib.redirect_stdout(nowhere):
             threads = [threading.Thread(target=trainer.train) for trainer in trainers]
             for thread in threads:

@@ -21,7 +21,7 @@ from rlvr.monitor.records import read_steps
 from rlvr.tasks import TaskConfig
 
 GROUP = 4
-SMALL = {
+SMALL: dict[str, Any] = {
     "num_generations": GROUP,
     "per_device_train_batch_size": GROUP,
     "gradient_accumulation_steps": 1,
@@ -50,6 +50,9 @@ def small_config(recipe: Path, out: Path, *, updates: int, vllm: bool) -> rlvr.G
     settings |= {**SMALL, "output_dir": str(out / "run"), "use_vllm": vllm}
     settings.pop("steps_per_generation", None)
     settings["generation_batch_size"] = GROUP * updates // settings.get("num_iterations", 1)
+    for control in settings.get("controls", []):
+        if control["name"] == "token_budget":
+            control["tokens"] = GROUP * SMALL["max_completion_length"] // 2
     path = out / "small.yaml"
     path.write_text(yaml.safe_dump(settings))
     return parse(path)[1]

@@ -210,6 +210,10 @@ def test_import_kernels_loads_nothing_heavy():
     assert loaded_by("import rlvr_kernels") & (HEAVY | {"rlvr"}) == set()
 
 
+def test_import_integrations_needs_torch_alone():
+    assert loaded_by("import rlvr.integrations.verl") & HEAVY == set()
+
+
 def test_every_folder_of_modules_is_a_package():
     """Without __init__.py a folder still imports from a clone, but is missing from the wheel."""
     folders = {path.parent for path in module_files().values()}

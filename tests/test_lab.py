@@ -99,7 +99,7 @@ def test_encoded_is_what_the_tokenizer_says():
 
 
 def test_base_training_lowers_the_loss():
-    settings = BaseSettings(right_steps=40, wrong_steps=0, batch=64)
+    settings = BaseSettings(right_steps=40, wrong_steps=0, batch=16)
     losses = list(train(new_model(0), settings))
     assert losses[0] == pytest.approx(np.log(len(VOCABULARY)), abs=0.2)  # uniform over the vocabulary
     assert np.mean(losses[-5:]) < losses[0] - 0.5

@@ -148,7 +148,7 @@ def test_recipe_that_reads_the_engine_trains_on_it(name: str, tiny_model_dir: Pa
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
     args = small_config(RECIPES[name], tmp_path, updates=BATCHES[name][2], vllm=True)

@@ -30,9 +30,9 @@ def hold(lever: str, control: Settings, lowest: float, highest: float) -> Settin
 
 METHODS: dict[str, Settings] = {
     "grpo": {},
-    **{f"bonus-{coef}": bonus(coef) for coef in (0.001, 0.003, 0.01, 0.03, 0.1)},
+    **{f"bonus-{coef}": bonus(coef) for coef in (0.03, 0.1, 0.3, 1.0)},
     "kl-cov": {"controls": [{**KL_COV, "coef": 1.0}]},
-    "thermostat-bonus": hold("entropy_bonus.coef", {}, 0.0, 0.1),
+    "thermostat-bonus": hold("entropy_bonus.coef", {}, 0.0, 1.0),
     "thermostat-kl-cov": hold("kl_cov.coef", KL_COV, 0.0, 10.0),
 }
 
