@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     metrics = commands.add_parser("metrics", help="print every metric with its unit and meaning")
     metrics.set_defaults(run=_metrics)
 
-    # Its flags are the fields of dataclasses that live beside torch, so it parses them itself: here, no word is a flag.
+    # Its flags are fields of dataclasses that live beside torch, so it parses them itself: here, no word is a flag.
     select = commands.add_parser(
         "select-checkpoint",
         help="rank SFT checkpoints by entropy and pass@k on a task, before RL starts from one",

@@ -1,6 +1,6 @@
 """A recipe made small: its method as it is, on a tiny model for two optimizer steps.
 
-python recipe_run.py RECIPE MODEL_DIR OUT_DIR   ->  one JSON line; for the recipes that need vLLM, in a process of its own
+python recipe_run.py RECIPE MODEL_DIR OUT_DIR   ->  one JSON line, on vLLM, which needs a process of its own
 """
 
 import json
@@ -39,8 +39,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def parse(path: Path) -> tuple[TaskConfig, rlvr.GRPOConfig, ModelConfig]:
-    parsed: Any = TrlParser((TaskConfig, rlvr.GRPOConfig, ModelConfig)).parse_args_and_config(["--config", str(path)])
+def parse(path: Path, *flags: str) -> tuple[TaskConfig, rlvr.GRPOConfig, ModelConfig]:
+    parser = TrlParser((TaskConfig, rlvr.GRPOConfig, ModelConfig))
+    parsed: Any = parser.parse_args_and_config(["--config", str(path), *flags])
     return parsed
 
 

@@ -1,5 +1,6 @@
 """The laboratory: its verifier is exact, its problems are split cleanly, and the product's trainer runs in it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlvr.errors import ConfigError
 from rlvr.monitor.records import read_evals, read_steps
-from scripts.lab.base import BaseSettings, encoded, new_model, tokenizer, train
+from scripts.lab.base import BaseSettings, base_model, encoded, new_model, tokenizer, train
 from scripts.lab.countdown import IDS, VOCABULARY, all_solutions, draw, reward, split, verify
+from scripts.lab.experiments import BAND, METHODS
 from scripts.lab.results import Band, result
-from scripts.lab.runs import UPDATES, LabRun, perform
+from scripts.lab.runs import UPDATES, LabRun, config, perform
 
+ROOT = Path(__file__).parents[1]
 NUMBERS, TARGET = (7, 3, 12), 22
+SOLUTION = "7 + 3 = 10 10 + 12 = 22 <eos>"
 
 
 def sample(count: int = 300):
@@ -30,7 +34,7 @@ def test_every_solution_is_verified():
 @pytest.mark.parametrize(
     ("completion", "right"),
     [
-        ("7 + 3 = 10 10 + 12 = 22 <eos>", 1.0),
+        (SOLUTION, 1.0),
         ("3 + 12 = 15 7 + 15 = 22 <eos>", 1.0),
         ("7 + 3 = 10 10 + 12 = 22", 0.0),  # does not end
         ("7 + 3 = 10 10 + 12 = 22 22", 0.0),
@@ -39,6 +43,7 @@ def test_every_solution_is_verified():
         ("7 + 7 = 14 14 + 12 = 26 <eos>", 0.0),
         ("10 + 0 = 10 10 + 12 = 22 <eos>", 0.0),  # neither 10 nor 0 is given
         ("12 + 3 = 15 15 - 7 = 8 <eos>", 0.0),  # sound arithmetic, wrong goal
+        ("3 - 7 = -4 12 + 10 = 22 <eos>", 0.0),  # no number is negative
         ("7 : 3 = 10 10 + 12 = 22 <eos>", 0.0),
         ("7 + 3 > 10 10 + 12 = 22 <eos>", 0.0),
         ("7 + 3 = 10 <eos>", 0.0),
@@ -51,25 +56,22 @@ def test_verify_by_hand(completion, right):
     assert verify(completion.split(), NUMBERS, TARGET) == right
 
 
-def test_verify_allows_a_number_as_often_as_it_is_given():
-    assert verify("5 + 5 = 10 10 + 5 = 15 <eos>".split(), (5, 5, 5), 15) == 1.0
-    assert verify("5 + 5 = 10 10 + 5 = 15 <eos>".split(), (5, 5, 4), 15) == 0.0
-
-
-def test_verify_refuses_negative_results():
-    assert verify("3 - 7 = -4 12 + -4 = 8 <eos>".split(), NUMBERS, 8) == 0.0
+@pytest.mark.parametrize(("numbers", "right"), [((5, 5, 5), 1.0), ((5, 5, 4), 0.0)])
+def test_verify_allows_a_number_as_often_as_it_is_given(numbers, right):
+    completion = "5 + 5 = 10 10 + 5 = 15 <eos>"
+    assert verify(completion.split(), numbers, 15) == right
 
 
 def test_verify_changes_with_every_word():
     """Any other word in any place of a solution makes it wrong."""
-    solution = "7 + 3 = 10 10 + 12 = 22 <eos>".split()
+    solution = SOLUTION.split()
     for place in range(len(solution)):
         for word in set(VOCABULARY) - {solution[place]}:
             assert verify([*solution[:place], word, *solution[place + 1 :]], NUMBERS, TARGET) == 0.0
 
 
 def test_reward_ignores_padding_after_the_end():
-    ids = [IDS[word] for word in "7 + 3 = 10 10 + 12 = 22 <eos> <pad> 5".split()]
+    ids = [IDS[word] for word in f"{SOLUTION} <pad> 5".split()]
     assert reward(["7 3 12 > 22 :"], [ids]) == [1.0]
 
 
@@ -140,3 +142,73 @@ def test_run_is_recorded_and_not_repeated(untrained: Path, tmp_path: Path, monke
     assert (perform(tiny_run(), untrained) / "steps.jsonl").read_bytes() == before
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         perform(tiny_run(learning_rate=1.0), untrained)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_valid_settings(name: str):
+    """Controls and thermostats are built when the configuration is made."""
+    wanted = METHODS[name]
+    args = config(LabRun(name=name, settings=wanted))
+    assert [control.name for control in args.control_list] == [c["name"] for c in wanted.get("controls", [])]
+    assert (args.thermostat_config is not None) == ("thermostat" in wanted)
+    assert args.updates_per_rollout == UPDATES
+
+
+def test_result_by_hand(tmp_path: Path):
+    """20 rollouts of 2 steps; entropy falls by .02 per rollout and .01 within it, reward is linear in it."""
+    for step in range(1, 41):
+        made, entropy = step % 2 == 1, 0.60 - 0.02 * ((step - 1) // 2)
+        metrics = {"entropy/mean": entropy + (0.005 if made else -0.005), "time/rollout": float(made)}
+        append(tmp_path / "steps.jsonl", step, metrics | {"reward/mean": 1 - entropy})
+    append(tmp_path / "evals.jsonl", 40, {f"heldout/pass_at_{k}": k / 16 for k in (1, 8, 16)})
+    found = result(tmp_path, 2, Band(0.30, 0.391))
+    # Rollout i has entropy .60 - .02 i. At 10 % two are over: .60 and .58; then the last five of 5, 10 and 20.
+    assert found.entropy == pytest.approx((0.59, 0.56, 0.46, 0.26), abs=1e-12)
+    # Of rollouts 10 to 19, with .40, .38, ... .22, those with .38 to .30 lie inside.
+    assert found.inside == 0.5
+    assert found.reward == pytest.approx(1 - 0.31, abs=1e-12)  # the mean of .40, .38, ... .22 is .31
+    assert found.pass_at == {"1": 1 / 16, "8": 0.5, "16": 1.0}
+    assert found.r2_linear == pytest.approx(1.0, abs=1e-12) and found.r2 < 1 - 1e-6
+
+
+def append(path: Path, step: int, metrics: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, "metrics": metrics}) + "\n")
+
+
+def numbers(path: Path) -> list[dict[str, float]]:
+    """What was measured, without the times."""
+    steps = [record["metrics"].items() for record in read_steps(path)]
+    return [{name: value for name, value in step if not name.startswith("time/")} for step in steps]
+
+
+@pytest.fixture
+def trained_base(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The base model; kept between runs of the tests, since it takes minutes."""
+    monkeypatch.chdir(ROOT)
+    return base_model(BaseSettings()).resolve()
+
+
+@pytest.mark.slow
+def test_runs_repeat_bit_by_bit(trained_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured = []
+    for again in ("first", "second"):
+        monkeypatch.chdir(tmp_path)
+        run = LabRun(name=again, settings=METHODS["thermostat-kl-cov"], rollouts=5)
+        measured.append(numbers(perform(run, trained_base)))
+    assert measured[0] == measured[1]
+
+
+@pytest.mark.slow
+def test_collapse_is_real_and_covariance_controls_slow_it(
+    trained_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    found = {
+        name: result(perform(LabRun(name=name, settings=METHODS[name]), trained_base), UPDATES, BAND)
+        for name in ("grpo", "clip-cov", "kl-cov")
+    }
+    plain = found["grpo"]
+    assert plain.entropy[-1] < 0.20 and plain.reward > 0.65 and plain.r2 > 0.95
+    for name in ("clip-cov", "kl-cov"):
+        assert found[name].entropy[-1] - plain.entropy[-1] > 0.02

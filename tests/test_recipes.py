@@ -13,13 +13,11 @@ import pytest
 import torch
 from recipe_run import parse, small_config, train
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainingArguments
-from trl import ModelConfig, TrlParser
 
 import rlvr
-from rlvr.controls import CONTROLS
+from rlvr.controls import CONTROLS, KlCov
 from rlvr.monitor.metrics import METRICS
 from rlvr.surrogates import SURROGATES
-from rlvr.tasks import TaskConfig
 from rlvr.trainers.staged import total_steps
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +86,13 @@ def test_paper_recipes_have_the_papers_batches_on_eight_processes(name: str, mon
         assert total_steps(task.schedule, args.max_steps, updates) > 0
 
 
+def test_any_field_is_a_flag() -> None:
+    flags = ("--learning_rate", "3e-6", "--controls", '{"name": "kl_cov", "fraction": 0.01}')
+    _, args, _ = parse(RECIPES["kl_cov"], *flags)
+    assert args.learning_rate == 3e-6
+    assert args.control_list == (KlCov(fraction=0.01),)
+
+
 @pytest.fixture(scope="module")
 def tiny_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint of a two-layer mixture of experts with the tokenizer of `tiny_model_dir`."""
@@ -128,9 +133,7 @@ def check_trained(args: rlvr.GRPOConfig, result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BATCHES if name not in ENGINE])
-def test_recipe_trains(
-    name: str, tiny_model_dir: Path, tiny_moe_dir: Path, tmp_path: Path
-) -> None:
+def test_recipe_trains(name: str, tiny_model_dir: Path, tiny_moe_dir: Path, tmp_path: Path) -> None:
     args = small_config(RECIPES[name], tmp_path, updates=BATCHES[name][2], vllm=False)
     assert args.updates_per_rollout == BATCHES[name][2]
     result = train(args, tiny_moe_dir if args.router_z_loss_coef else tiny_model_dir)
@@ -153,3 +156,29 @@ def test_recipe_that_reads_the_engine_trains_on_it(name: str, tiny_model_dir: Pa
     assert run.returncode == 0, run.stderr[-3000:]
     args = small_config(RECIPES[name], tmp_path, updates=BATCHES[name][2], vllm=True)
     check_trained(args, json.loads(run.stdout.splitlines()[-1]))
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def table(document: str, header: str) -> dict[str, str]:
+    """The rows of a document's table of methods: the rest of each row by its first cell, without the groups' names."""
+    lines = (ROOT / document).read_text().partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    rows = {line.split("|")[1].strip(): line.partition("|")[2].partition("|")[2] for line in lines}
+    return {method: rest for method, rest in rows.items() if not method.startswith("**")}
+
+
+def linked(rows: dict[str, str]) -> dict[str, str]:
+    """The recipe of each method that has one."""
+    found = {method: re.findall(r"recipes/(\w+)\.yaml", rest) for method, rest in rows.items()}
+    assert all(len(names) <= 1 for names in found.values())
+    return {method: names[0] for method, names in found.items() if names}
+
+
+def test_readme_papers_and_recipes_name_the_same_methods() -> None:
+    readme, papers = table("README.md", "| method | what it does"), table("PAPERS.md", "| method | paper")
+    assert readme.keys() == papers.keys()
+    assert linked(readme) == linked(papers)
+    assert sorted(linked(readme).values()) == sorted(BATCHES)
+    named = {name for rest in readme.values() for name in re.findall(r"`(\w+)`", rest)}
+    assert CONTROLS.keys() | SURROGATES.keys() <= named

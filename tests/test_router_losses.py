@@ -66,7 +66,7 @@ def train(tiny_model_dir: Path, out: Path, coef: float) -> rlvr.GRPOTrainer:
         gradient_checkpointing=False,
         disable_tqdm=True,
     )
-    rows = Dataset.from_list([{"prompt": str(i)} for i in range(8)])
+    rows = Dataset.from_list([{"prompt": "1" * i} for i in range(1, 9)])  # padded
     one = rlvr.GRPOTrainer(Qwen3MoeForCausalLM(config), count_digits, args, rows, processing_class=tokenizer)
     one.train()
     return one
@@ -78,6 +78,7 @@ def test_z_loss_reaches_the_routers_of_a_mixture_of_experts(tiny_model_dir: Path
     history = [entry["policy/router_z_loss"] for entry in pulled.state.log_history if "policy/router_z_loss" in entry]
     assert len(history) == 2 and history[1] < history[0]
     assert pulled.step_metrics["policy/router_aux_loss"] > 0
+    assert not pulled.model.config.output_router_logits  # nothing of this is saved with the model
 
 
 def test_z_loss_without_routers_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

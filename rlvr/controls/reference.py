@@ -17,8 +17,9 @@ class ReferenceKl(Control):
     Raises: ValueError if coef is negative or not finite.
     Metrics: reference_kl/coef; the KL itself is policy/reference_kl.
     Ref: Shao et al. 2024, arXiv 2402.03300, Eq. 4.
-    Differs: none from `beta`, in whose place it stands so that it composes with other controls. No lever: it pulls
-    entropy toward the reference's, up from below and down from above.
+    Differs: none from `beta`, in whose place it stands so that it composes with other controls; like it, it is
+    multiplied by the importance ratio where `use_bias_correction_kl` says so, which is TRL's default. No lever: it
+    pulls entropy toward the reference's, up from below and down from above.
     """
 
     coef: float = 0.001

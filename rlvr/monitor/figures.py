@@ -127,12 +127,12 @@ def legend(axes: Any, columns: int = 3) -> None:
 
 
 def log_scale(axes: Any) -> None:
-    """A logarithmic axis with plain numbers, where all that is drawn is positive."""
+    """A logarithmic axis with plain numbers for what is positive; the rest cannot be shown on it."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    drawn = [value for line in axes.lines for value in line.get_ydata()]
-    if drawn and min(drawn) > 0:
-        axes.set_yscale("log")
+    drawn = [value for line in axes.lines for value in line.get_ydata() if value > 0]
+    if drawn:
+        axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(drawn) < 100 * min(drawn) else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

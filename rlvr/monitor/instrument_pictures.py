@@ -7,7 +7,17 @@ import numpy as np
 
 from rlvr.law import LawFit
 from rlvr.monitor.figures import Picture, Records, Theme, color_ramp, draw_line, legend, log_scale, measured
-from rlvr.monitor.instruments import CLASSES, ESTIMATORS, law_formula, law_found, law_verdict, thermostat_of
+from rlvr.monitor.instruments import (
+    CLASSES,
+    ESTIMATORS,
+    class_label,
+    class_series,
+    law_formula,
+    law_found,
+    law_line,
+    law_verdict,
+    thermostat_of,
+)
 from rlvr.monitor.records import rollout_points, series
 
 COVARIANCES = ("top_2_in_10000", "top_2_in_1000", "top_2_in_100", "top_2_in_10")
@@ -33,6 +43,8 @@ def _thermostat(figure: Any, records: Records, theme: Theme) -> None:
 
 def _law(figure: Any, records: Records, theme: Theme) -> None:
     """The line goes as far as it is believed: to H = 0 if the law holds, else no further than the points."""
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     points = rollout_points(records.steps)
     x, rewards = np.exp([h for h, _ in points]), [r for _, r in points]
@@ -43,14 +55,14 @@ def _law(figure: Any, records: Records, theme: Theme) -> None:
     axes.set_xlabel("exp(entropy)")
     axes.set_ylabel("reward")
     legend(axes)
-    bar = figure.colorbar(marks, ax=axes, label="rollout")
+    bar = figure.colorbar(marks, ax=axes, label="rollout", ticks=MaxNLocator(integer=True))
     bar.outline.set_visible(False)
 
 
 def _law_line(axes: Any, law: LawFit, x: np.ndarray, theme: Theme) -> None:
     ends = np.array([x.min(), x.max()])
     color = theme.colors[1]
-    axes.plot(ends, law.b - law.a * ends, color=color, label=f"R = {-law.a:.3f} exp(H) + {law.b:.3f}")
+    axes.plot(ends, law.b - law.a * ends, color=color, label=law_line(law))
     if law.verdict != "holds":
         return
     beyond = np.array([1.0, x.min()])
@@ -95,16 +107,16 @@ def _dynamics(figure: Any, records: Records, theme: Theme) -> None:
         lower.plot([middle], [row], "o", color=theme.colors[0], markersize=6)
     lower.axvline(0, color=theme.ink, linewidth=0.8)
     lower.set_yticks(range(len(names)), names)
-    lower.invert_yaxis()
+    lower.set_ylim(len(names) - 0.5, -0.5)
     lower.set_xlabel("correlation over tokens: median and middle half of the steps")
 
 
 def _classes(figure: Any, records: Records, theme: Theme) -> None:
     axes = figure.subplots()
     axes.axhline(0, color=theme.ink, linewidth=0.8)
-    for color, name, dash in zip(theme.colors, CLASSES, ("-", "--", ":", "-."), strict=False):
-        at, values = series(records.steps, f"dynamics/measured_{name}")
-        axes.plot(at, np.cumsum(values), dash, color=color, label=name.replace("_", ", "))
+    styles = zip((*theme.colors[:4], theme.colors[-1]), ("-", "--", ":", "-.", "-"), strict=True)
+    for (name, (at, values)), (color, dash) in zip(class_series(records.steps).items(), styles, strict=True):
+        axes.plot(at, np.cumsum(values), dash, color=color, label=class_label(name))
     at, values = series(records.steps, "dynamics/measured")
     axes.plot(at, np.cumsum(values), color=theme.ink, linewidth=1, label="all tokens")
     axes.set_ylabel("entropy change so far (nats)")
@@ -120,7 +132,7 @@ def _covariance(figure: Any, records: Records, theme: Theme) -> None:
     log_scale(axes)
     axes.set_ylabel("covariance (nats)")
     axes.set_xlabel("optimizer step")
-    legend(axes, columns=4)
+    legend(axes, columns=2)
 
 
 def _positions(figure: Any, records: Records, theme: Theme) -> None:
@@ -153,7 +165,8 @@ def _coverage(figure: Any, records: Records, theme: Theme) -> None:
     found = [(record["step"], _rates(record)) for record in records.evals if _rates(record)]
     ends = found[:1] + found[1:][-1:]
     for color, (step, rates), mark in zip(theme.colors, ends, ("o--", "D-"), strict=False):
-        axes.plot(list(rates), list(rates.values()), mark, color=color, markersize=5, label=f"after step {step}")
+        style = {"color": color, "markersize": 5, "label": f"after step {step}", "clip_on": False}
+        axes.plot(list(rates), list(rates.values()), mark, **style)
     axes.set_xscale("log", base=2)
     samples = sorted({k for _, rates in ends for k in rates})
     axes.set_xticks(samples, [str(k) for k in samples])
@@ -210,8 +223,8 @@ INSTRUMENTS = (
         every=True,
         optional=True,
         note=lambda _: (
-            "Sum over the watched steps. To first order rewarded, likely and punished, unlikely tokens "
-            "spend entropy and the others return it. What falls fastest is what a control should hold back."
+            "Sum over the watched steps. Normal: rewarded, likely and punished, unlikely tokens spend entropy, the "
+            "others return it; hold back with a control what falls fastest. Advantage 0: moved by the others."
         ),
     ),
     Picture(
@@ -221,8 +234,8 @@ INSTRUMENTS = (
         _covariance,
         optional=True,
         note=lambda _: (
-            "Normal: few tokens carry nearly all of it, so the lines lie far apart. Tops that grow spend "
-            "entropy faster: Clip-Cov and KL-Cov act on exactly these tokens."
+            "Normal: few tokens carry nearly all of it, so the lines lie far apart. Tops that grow spend entropy "
+            "faster: Clip-Cov and KL-Cov act on these tokens. A gap: no group had two different rewards."
         ),
     ),
     Picture(
@@ -233,8 +246,8 @@ INSTRUMENTS = (
         optional=True,
         ready=lambda records: any(_bins(record) > 1 for record in records.steps),
         note=lambda _: (
-            "Normal: rows fade together. A row that fades alone is where the policy becomes certain first: "
-            "read the sampled completions below there."
+            "Normal: rows fade together. A row that fades alone is where the policy becomes certain first: read "
+            "the sampled completions below there. Empty: no completion was that long."
         ),
     ),
     Picture(
@@ -246,7 +259,7 @@ INSTRUMENTS = (
         ready=lambda records: any(len(_rates(record)) > 1 for record in records.evals),
         note=lambda _: (
             "Normal: the last curve lies above the first everywhere. Higher at k = 1 and lower at the "
-            "largest k: the policy got surer, not abler; hold more entropy."
+            "largest k: the policy became more certain, not more able; hold more entropy."
         ),
     ),
 )

@@ -1,6 +1,7 @@
 """What the instruments of a run found: the law of reward and entropy, the thermostat, the dynamics of entropy."""
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Dynamics:
 
     measured, predicted: entropy change of the probe's tokens, nats; predicted is that of an SGD step.
     correlations: over tokens, of each estimator with the measured change.   by_class: the part of `measured` at each
-    class of tokens.   effects: what each control adds to `predicted`.
+    class of tokens, with "advantage_0" for those that are in none.   effects: what each control adds to `predicted`.
     """
 
     steps: int
@@ -103,9 +104,21 @@ def _dynamics(steps: Sequence[dict[str, Any]]) -> Dynamics | None:
         measured=fmean(measured),
         predicted=fmean(predicted),
         correlations=_means(steps, {name: f"dynamics/{name}_correlation" for name in ESTIMATORS}),
-        by_class=_means(steps, {name: f"dynamics/measured_{name}" for name in CLASSES}),
+        by_class={name: fmean(values) for name, (_, values) in class_series(steps).items()},
         effects=_means(steps, {name: f"{name}/effect" for name in controls}),
     )
+
+
+def class_series(steps: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and measured entropy change of each class of tokens, and of "advantage_0": what the classes leave of the
+    whole. Such tokens move because the others do, whose parameters they share.
+    """
+    names = ["dynamics/measured", *(f"dynamics/measured_{name}" for name in CLASSES)]
+    whole = [r for r in steps if all(math.isfinite(r["metrics"].get(name, math.nan)) for name in names)]
+    found = {name: series(whole, f"dynamics/measured_{name}") for name in CLASSES}
+    at, values = series(whole, "dynamics/measured")
+    rest = [value - sum(parts) for value, *parts in zip(values, *(found[name][1] for name in CLASSES), strict=True)]
+    return {name: one for name, one in (found | {"advantage_0": (at, rest)}).items() if one[1]}
 
 
 def _means(steps: Sequence[dict[str, Any]], names: Mapping[str, str]) -> dict[str, float]:
@@ -129,12 +142,14 @@ def instrument_rows(found: Instruments) -> list[str]:
 
 
 def law_formula(law: LawFit) -> str:
-    """The fit in one line."""
-    if law.num_points < 3:
-        return f"R = -a exp(H) + b over {law.num_points} rollouts"
-    sign = "-" if law.b < 0 else "+"
-    fit = f"R = {-law.a:.3f} exp(H) {sign} {abs(law.b):.3f} over {law.num_points} rollouts"
-    return f"{fit}, R2 {law.r2:.3f} (a straight line in H: {law.r2_linear:.3f})"
+    """The fit and what it explains."""
+    fit = f"{law_line(law)} over {_count(law.num_points, 'rollout')}"
+    return fit if math.isnan(law.r2) else f"{fit}, R2 {law.r2:.3f} (a straight line in H: {law.r2_linear:.3f})"
+
+
+def law_line(law: LawFit) -> str:
+    """`R = -0.250 exp(H) + 0.900`."""
+    return f"R = {-law.a:.3f} exp(H) {'-' if law.b < 0 else '+'} {abs(law.b):.3f}"
 
 
 def law_verdict(law: LawFit) -> str:
@@ -150,16 +165,15 @@ def _holding_lines(found: Holding) -> list[str]:
     lever = settings.lever if settings else "lever"
     band = f"the band [{settings.low:g}, {settings.high:g}] nats" if settings else "the band"
     alarm = settings is not None and abs(found.outside) >= settings.patience
-    where = f"at {found.value:.4g}, {100 * found.position:.0f} % of the way to most entropy"
-    if found.outside == 0:
-        return [f"inside {band} in {100 * found.inside:.0f} % of the last {found.steps} steps", f"{lever} {where}"]
+    lines = [f"inside {band} in {100 * found.inside:.0f} % of the last {_count(found.steps, 'step')}"]
     side, limit = ("below", 1) if found.outside < 0 else ("above", 0)
-    end = ": at the end of its range, widen it" if found.position == limit else ""
-    return [
-        f"inside {band} in {100 * found.inside:.0f} % of the last {found.steps} steps",
-        f"{lever} {where}{end}",
-        f"{'WARNING: ' if alarm else ''}{side} the band for {_count(abs(found.outside), 'step')} now",
-    ]
+    if found.outside and found.position == limit:
+        lines.append(f"{lever} at {found.value:.4g}, the end of its range: widen it")
+    else:
+        lines.append(f"{lever} at {found.value:.4g}, {100 * found.position:.0f} % of the way to most entropy")
+    if found.outside:
+        lines.append(f"{'WARNING: ' if alarm else ''}{side} the band for {_count(abs(found.outside), 'step')} now")
+    return lines
 
 
 def _dynamics_lines(found: Dynamics) -> list[str]:
@@ -172,7 +186,7 @@ def _dynamics_lines(found: Dynamics) -> list[str]:
     spent = {name: value for name, value in found.by_class.items() if value < 0}
     if spent:
         most = min(spent, key=spent.__getitem__)
-        lines.append(f"entropy is spent most at {most.replace('_', ', ')} tokens: {spent[most]:+.2g} nats per step")
+        lines.append(f"tokens that spend most entropy: {class_label(most)} ({spent[most]:+.2g} nats per step)")
     for name, effect in found.effects.items():
         lines.append(f"{name} adds {effect:+.1e} to the prediction; without it {found.predicted - effect:+.1e}")
     return lines
@@ -182,7 +196,12 @@ def _correlation_line(correlations: Mapping[str, float]) -> str:
     best = max(correlations, key=correlations.__getitem__)
     named = [f"{name} {correlations[name]:.2f}" for name in ("discriminator",) if name in correlations]
     named += [f"best {best} {correlations[best]:.2f}"] if best != "discriminator" else []
-    return f"correlation over tokens, predicted with measured: {', '.join(named)}"
+    return f"correlation over tokens: {', '.join(named)}"
+
+
+def class_label(name: str) -> str:
+    """`rewarded, likely` or `advantage 0`."""
+    return name.replace("_", ", " if name in CLASSES else " ")
 
 
 def _count(number: int, noun: str) -> str:

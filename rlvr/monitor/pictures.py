@@ -120,7 +120,7 @@ PICTURES = (
         optional=True,
         note=lambda _: (
             "Normal: near the fraction that the control was given. 0 throughout: it does nothing, check "
-            "its bounds; above 0.05 for a clip: the learning rate or the updates per rollout are too many."
+            "its bounds; above 0.05 for a clip: lower the learning rate, or update less often per rollout."
         ),
     ),
     Picture(

@@ -71,7 +71,7 @@ class ChoiceConfig:
 
 
 def find_checkpoints(given: Iterable[str]) -> list[Path]:
-    """The checkpoints that paths or globs name, each once: a folder's own `checkpoint-*` in natural order, then itself.
+    """The checkpoints that paths or globs name, each once: a folder's `checkpoint-*` in natural order, then itself.
 
     Raises: ConfigError for a path that is no directory, holds no checkpoint, or has a `checkpoint-*` without weights.
     """
@@ -124,7 +124,11 @@ def parse(words: Sequence[str]) -> tuple[ChoiceConfig, TaskConfig, list[Path]]:
     Raises: ConfigError for an unknown flag, a bad value, or a path without a checkpoint.
     """
     parser = _Parser(
-        (ChoiceConfig, TaskConfig), prog="rlvr select-checkpoint", description=__doc__, allow_abbrev=False
+        (ChoiceConfig, TaskConfig),
+        prog="rlvr select-checkpoint",
+        usage="%(prog)s CKPT [CKPT ...] --task TASK [--FLAG VALUE ...]",
+        description=__doc__,
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="A checkpoint, a folder of them, or a glob.")
     parser.add_argument("--prompts", dest="heldout_size", type=int, metavar="N", help="Short for --heldout_size.")

@@ -159,7 +159,7 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 
 def _unjudged(names: Sequence[str], measured: Sequence[Measurement]) -> list[str]:
     return [
-        f"{name}: {100 * one.unjudged:.2g} % of completions broke the verifier or its time limit; pass@k leaves them out"
+        f"{name}: {100 * one.unjudged:.2g} % of completions could not be judged (verifier failed), pass@k is without them"
         for name, one in zip(names, measured, strict=True)
         if one.unjudged
     ]

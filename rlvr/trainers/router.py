@@ -28,13 +28,16 @@ class RouterZLoss:
 
     def __init__(self, model: Any, coef: float) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = base.config.get_text_config()
-        if not hasattr(config, "output_router_logits"):
+        if not hasattr(base.config.get_text_config(), "output_router_logits"):
             raise ConfigError(f"router_z_loss_coef={coef}: {type(base).__name__} has no expert routers; set it to 0")
-        config.output_router_logits = True
+        # Not by the configuration: it is saved with the model, and generation with padded prompts fails under it.
+        base.base_model.register_forward_pre_hook(self._ask, with_kwargs=True)
         base.base_model.register_forward_hook(self._catch, with_kwargs=True)
         self.coef = coef
         self._caught: Tensor | None = None
+
+    def _ask(self, module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "output_router_logits": True} if torch.is_grad_enabled() else kwargs
 
     def _catch(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if torch.is_grad_enabled():

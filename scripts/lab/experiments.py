@@ -31,6 +31,7 @@ def hold(lever: str, control: Settings, lowest: float, highest: float) -> Settin
 METHODS: dict[str, Settings] = {
     "grpo": {},
     **{f"bonus-{coef}": bonus(coef) for coef in (0.03, 0.1, 0.3, 1.0)},
+    "clip-cov": {"controls": [{"name": "clip_cov", "fraction": 0.02}]},
     "kl-cov": {"controls": [{**KL_COV, "coef": 1.0}]},
     "thermostat-bonus": hold("entropy_bonus.coef", {}, 0.0, 1.0),
     "thermostat-kl-cov": hold("kl_cov.coef", KL_COV, 0.0, 10.0),
