@@ -2,6 +2,7 @@
 
     python scripts/entropy_lab.py base                          the base model and what it can do
     python scripts/entropy_lab.py collapse --seeds 0 1 2        plain GRPO
+    python scripts/entropy_lab.py covariance --seeds 0 1 2      Clip-Cov and KL-Cov
     python scripts/entropy_lab.py thermostat --seeds 0 1 2      entropy held in a band, against constant bonuses
 
 Runs are kept in runs/lab/ and not repeated. A run is 100 rollouts, 400 optimizer steps of `rlvr.GRPOTrainer`.
@@ -37,7 +38,7 @@ def main() -> None:
     if arguments.experiment == "base":
         print((base / "lab.json").read_text())
     else:
-        print(conduct(EXPERIMENTS[arguments.experiment], arguments.seeds, base))
+        print(conduct(arguments.experiment, arguments.seeds, base))
 
 
 if __name__ == "__main__":

@@ -74,18 +74,318 @@ def test_rank_outside_goes_by_distance_to_the_band_on_either_side():
     assert order(measured("a", 0.05, 0.9), measured("b", 0.6, 0.1), measured("c", 0.1, 0.5)) == ["b", "c", "a"]
 
 
-def test_rank_does_not_depend_on_the_order_given_and_keeps_that_of_equals():
-    found = [measured(name, entropy) for name, entropy in zip("abcd", (0.1, 0.45, 0.7, 0.35), strict=True)]
-    assert order(*found[:2], *found[2:]) == ["b", "d", "a", "c"] or order(*found) == ["d", "b", "a", "c"]
-    assert sorted(order(*found)[2:]) == sorted(order(*reversed(found))[2:])
+def test_rank_depends_on_the_order_given_only_among_equals():
+    found = [measured(name, entropy) for name, entropy in zip("abcd", (0.1, 0.45, 0.75, 0.38), strict=True)]
+    assert order(*found) == order(*reversed(found)) == ["d", "b", "a", "c"]
     assert order(measured("y", 0.2), measured("x", 0.2)) == ["y", "x"]
 
 
 def test_rank_puts_a_broken_checkpoint_last_and_an_unmeasured_pass_rate_last_inside():
-    found = [measured("nan", math.nan, 1.0), measured("far", 9.0), measured("none", 0.4, math.nan), measured("zero", 0.3, 0)]
+    found = [
+        measured("nan", math.nan, 1.0),
+        measured("far", 9.0),
+        measured("none", 0.4, math.nan),
+        measured("zero", 0.3, 0),
+    ]
     assert order(*found) == ["zero", "none", "far", "nan"]
 
 
 def test_verdict_counts_the_bounds_as_inside():
     assert [verdict(h, BAND) for h in (0.29, 0.3, 0.5, 0.51)] == ["too low", "inside", "inside", "too high"]
     assert verdict(math.nan, BAND) == verdict(math.inf, BAND) == "not finite"
+
+
+def test_format_ranking_fits_the_terminal_and_says_why():
+    name = "a-rather-long-name-of-an-experiment/checkpoint-"
+    found = [measured(f"{name}{step}", h) for step, h in ((1, 0.7), (2, 0.4), (3, 0.1))]
+    many = [dataclasses.replace(one, pass_at_k={1 << i: 0.5 for i in range(6)}) for one in found]
+    text = format_ranking(rank(many, BAND), BAND)
+    assert max(map(len, text.splitlines())) <= 100
+    rows = text.splitlines()[1:4]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3"]
+    assert ["point-2" in rows[0], "point-1" in rows[1], "point-3" in rows[2]] == [True] * 3
+    assert "inside" in rows[0] and "too high" in rows[1] and "too low" in rows[2]
+    assert "will collapse early" in text and text.endswith(
+        "checkpoint-2: of those inside 0.3 to 0.5 nats it has the highest pass@32."
+    )
+
+
+def test_format_ranking_says_when_none_is_inside_and_what_was_not_judged():
+    ranked = rank([measured("near", 0.2), dataclasses.replace(measured("far", 0.1), unjudged=0.25)], BAND)
+    text = format_ranking(ranked, BAND)
+    assert "far: 25 % of completions could not be judged" in text
+    assert text.endswith("No checkpoint is inside 0.3 to 0.5 nats; near is the nearest.")
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_ci95_of_equal_counts_is_that_of_a_mean():
+    # values 1, 2, 6 of count 2 each: mean 3/2 = 1.5; of x/2 = .5, 1, 3 the deviation is sqrt((1 + .25 + 2.25) / 2)
+    ratio, half = ratio_ci95(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 2, 2]))
+    assert ratio == 1.5
+    assert half == pytest.approx(1.96 * math.sqrt(1.75) / math.sqrt(3), abs=1e-12)
+
+
+def test_ratio_ci95_weighs_prompts_by_their_tokens():
+    # (3 + 1) / (1 + 3) = 1; residuals 3 - 1 = 2 and 1 - 3 = -2, variance 8 / 1, mean count 2
+    ratio, half = ratio_ci95(torch.tensor([3.0, 1.0]), torch.tensor([1, 3]))
+    assert ratio == 1.0 and half == pytest.approx(1.96 * math.sqrt(8) / (2 * math.sqrt(2)), abs=1e-12)
+
+
+def test_ratio_ci95_of_a_single_prompt_has_no_interval():
+    ratio, half = ratio_ci95(torch.tensor([3.0]), torch.tensor([2]))
+    assert ratio == 1.5 and math.isnan(half)
+
+
+def test_ratio_ci95_covers_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 30, (2000, 64), generator=generator)
+    totals = counts * (0.4 + 0.2 * torch.randn(2000, 64, generator=generator))
+    hits = [abs(r - 0.4) <= half for r, half in map(ratio_ci95, totals, counts)]
+    assert 0.93 < sum(hits) / len(hits) < 0.965
+
+
+def test_powers_of_two_up_to_the_samples():
+    assert [powers_of_two(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8]]
+
+
+def test_measure_of_a_hand_made_case():
+    # prompts: rewards (1, .5) and (1, None); entropies 1, 2 | 3, 0 over 2, 2 | 3, 1 tokens
+    samples = Samples(
+        texts=["a", "b", "c", "d"],
+        entropy=torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64),
+        length=torch.tensor([2, 2, 3, 1]),
+        truncated=torch.tensor([False, True, False, False]),
+    )
+    found = measure("x", samples, [1.0, 0.5, 1.0, None], per_prompt=2, pass_reward=1.0)
+    assert (found.entropy, found.length, found.truncated, found.unjudged) == (6 / 8, 2.0, 0.25, 0.25)
+    assert found.pass_at_k == {1: (1 / 2 + 1) / 2, 2: 1.0}  # only the first prompt has two judged samples
+    assert found.pass_at_1_ci95 == pytest.approx(1.96 * math.sqrt(0.125) / math.sqrt(2), abs=1e-12)
+    assert measure("x", samples, [1.0, 0.5, 1.0, None], per_prompt=2, pass_reward=0.5).pass_at_k == {1: 1.0, 2: 1.0}
+
+
+def test_measure_without_a_single_verdict_is_nan_and_not_zero():
+    samples = Samples(["a", "b"], torch.ones(2), torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))
+    found = measure("x", samples, [None, None], per_prompt=1, pass_reward=1.0)
+    assert found.unjudged == 1.0 and math.isnan(found.pass_at_k[1]) and math.isnan(found.pass_at_1_ci95)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_completion_entropy_is_that_of_a_loop_over_the_logits(tiny_model_dir, temperature):
+    model = load_model(tiny_model_dir).double()
+    prompt, completions = [5, 9, 40], [[7, 8, 3], [100], [2, 60, 61, 62, 4]]
+    found = completion_entropy(model, prompt, completions, temperature)
+    for sequence, total in zip(completions, found.tolist(), strict=True):
+        expected = 0.0
+        for t in range(len(sequence)):
+            with torch.no_grad():
+                z = model(torch.tensor([[*prompt, *sequence[:t]]])).logits[0, -1]
+            p = torch.softmax(z / temperature, -1)
+            expected -= float((p * p.log()).sum())
+        assert total == pytest.approx(expected, abs=1e-10)
+
+
+def test_completion_entropy_does_not_depend_on_how_the_rows_are_cut(tiny_model_dir, monkeypatch):
+    model = load_model(tiny_model_dir).double()
+    completions = [[7, 8, 3], [100], [2, 60, 61, 62, 4]]
+    whole = completion_entropy(model, [5, 9, 40], completions, 1.0)
+    monkeypatch.setattr("rlvr.trainers.checkpoint_sampling.MAX_LOGITS", 1)
+    monkeypatch.setattr("rlvr.trainers.checkpoint_sampling.CHUNK", 2)
+    torch.testing.assert_close(completion_entropy(model, [5, 9, 40], completions, 1.0), whole, rtol=0, atol=1e-10)
+
+
+def test_inverse_cdf_draws_each_token_as_often_as_its_probability_says():
+    logits = torch.tensor([1.0, -math.inf, 0.0, 2.0, -math.inf])
+    count = 4000
+    draws = (torch.arange(count, dtype=torch.float64) + 0.5)[:, None] / count  # evenly spaced: no luck in the shares
+    ids = torch.zeros(count, 3, dtype=torch.int64)
+    chosen = InverseCdf(draws, 3, 0.5)(ids, logits.expand(count, -1)).argmax(-1)
+    shares = torch.bincount(chosen, minlength=5) / count
+    expected = torch.softmax(logits.double() / 0.5, -1)
+    assert shares[1] == shares[4] == 0
+    assert float((shares - expected).abs().max()) <= 1 / count
+
+
+def test_inverse_cdf_never_draws_an_impossible_token_at_the_ends():
+    draws = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).expand(2, -1)
+    assert InverseCdf(draws, 1, 1.0)(torch.zeros(2, 1, dtype=torch.int64), logits).argmax(-1).tolist() == [1, 2]
+
+
+def sampled(path: Path, batch_size: int = 64, seed: int = 0) -> Samples:
+    reader = read_prompts(path, ["What is 1 + 1?", "Hi", "a longer prompt than these"], None)
+    return sample(load_model(path), reader, samples=4, max_tokens=6, temperature=1.0, batch_size=batch_size, seed=seed)
+
+
+def test_sample_is_the_same_in_any_batches_and_differs_by_seed(tiny_model_dir):
+    whole = sampled(tiny_model_dir)
+    assert sampled(tiny_model_dir, batch_size=5).texts == whole.texts
+    assert sampled(tiny_model_dir, seed=1).texts != whole.texts
+    assert len(set(whole.texts)) > 6, "completions of a prompt have draws of their own"
+
+
+def test_sample_uses_the_same_random_numbers_for_every_checkpoint(tiny_model_dir, tmp_path):
+    """A tiny change of the weights leaves nearly all tokens as they were, which fresh draws would not."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.model.norm.weight.data *= 1.0001
+    shutil.copytree(tiny_model_dir, tmp_path / "near")
+    model.save_pretrained(tmp_path / "near")
+    assert (
+        sum(a == b for a, b in zip(sampled(tiny_model_dir).texts, sampled(tmp_path / "near").texts, strict=True)) >= 11
+    )
+
+
+def test_sample_ignores_the_checkpoints_own_sampling_settings_except_end_tokens(tiny_model_dir, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny_model_dir, odd)
+    settings = json.loads((odd / "generation_config.json").read_text())
+    (odd / "generation_config.json").write_text(
+        json.dumps({**settings, "do_sample": True, "top_k": 1, "repetition_penalty": 9.0})
+    )
+    assert sampled(odd).texts == sampled(tiny_model_dir).texts
+    (odd / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(259))}))
+    assert sampled(odd).length.tolist() == [1] * 12 and not sampled(odd).truncated.any()
+
+
+def test_sample_ends_at_the_stop_token_which_is_counted(tiny_model_dir):
+    prompts = ["Hi", "What is 1 + 1?"]
+    free = read_prompts(tiny_model_dir, prompts, None)
+    model = load_model(tiny_model_dir)
+    settings = {"samples": 16, "max_tokens": 12, "temperature": 1.0, "batch_size": 64, "seed": 0}
+    free_samples = sample(model, free, **settings)
+    texts = free_samples.texts
+    letter = max("abcdefghijklmnopqrstuvwxyz", key=lambda c: sum(c in text for text in texts))
+    assert any(letter in text for text in texts) and not all(letter in text for text in texts)
+    ended = sample(load_model(tiny_model_dir), read_prompts(tiny_model_dir, prompts, letter), **settings)
+    assert ended.texts == [text.partition(letter)[0] + letter if letter in text else text for text in texts]
+    stopped = [text.endswith(letter) for text in ended.texts]
+    assert [int(length) for length, by in zip(ended.length, stopped, strict=True) if not by and length < 12] == [
+        int(length) for length, by in zip(free_samples.length, stopped, strict=True) if not by and length < 12
+    ]
+    assert not any(flag for flag, by in zip(ended.truncated.tolist(), stopped, strict=True) if by)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_select_checkpoint_measures_ranks_and_writes(scaled_dir, tmp_path, capsys):
+    output = tmp_path / "ranking.json"
+    words = ["select-checkpoint", str(scaled_dir), *TASK, "--output", str(output)]
+    assert main([*words, "--band", "0.5", "4.0"]) == 0
+    first = capsys.readouterr()
+    record = json.loads(output.read_text())
+    ranking = record["ranking"]
+    entropies = {Path(row["checkpoint"]).name: row["entropy"] for row in ranking}
+    assert entropies["checkpoint-9"] > entropies["checkpoint-10"] > entropies["checkpoint-100"] > 0
+    assert [row["verdict"] for row in ranking] == [verdict(row["entropy"], (0.5, 4.0)) for row in ranking]
+    assert record["task"]["task"] == "chain_sum" and set(ranking[0]["pass_at_k"]) == {"1", "2"}
+    assert [f"[{i}/3] {scaled_dir}/checkpoint-{step}" in first.err for i, step in ((1, 9), (2, 10), (3, 100))] == [
+        True
+    ] * 3
+    for row in ranking:
+        assert f"{row['entropy']:.3f} ± {row['entropy_ci95']:.3f}" in first.out
+    assert main([*words, "--band", "0.5", "4.0"]) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_select_checkpoint_judges_with_the_tasks_verifier(tiny_model_dir, capsys):
+    words = ["select-checkpoint", *TASK, "--reward", "tests.toy_verifiers:share_of_ascii", str(tiny_model_dir)]
+    assert main([*words, "--pass-reward", "0.01"]) == 0
+    some = capsys.readouterr().out.splitlines()[4].split()
+    assert main([*words, "--pass-reward", "0.0"]) == 0
+    every = capsys.readouterr().out.splitlines()[4].split()
+    assert every[-1] == "1.00" and some[:4] == every[:4] and 0 < float(some[-1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{tiny}", "--tsak", "chain_sum"], "flag='--tsak' is not known; did you mean --task"),
+        (["{tiny}"], "task is not set"),
+        (["{tiny}", "--task", "chain_summ"], "task='chain_summ' is not known"),
+        (["{tiny}", "--task", "chain_sum", "--task_kwargs", '{"terms": 1}'], "task_kwargs='terms' is not known"),
+        (["{tiny}", "--task", "chain_sum", "--samples", "many"], "argument --samples: invalid int value: 'many'"),
+        (["{tiny}", "--task", "chain_sum", "--samples", "0"], "samples=0 must be at least 1"),
+        (["{tiny}", "--task", "chain_sum", "--prompts", "1"], "prompts=1 is too few"),
+        (["{tiny}", "--task", "chain_sum", "--temperature", "0"], "temperature=0.0 must be above 0"),
+        (["{tiny}", "--task", "chain_sum", "--band", "0.5", "0.3"], "band=0.5 0.3 must be two numbers"),
+        (["{tiny}", "--task", "chain_sum", "--stop", "ab"], "stop='ab' is 2 tokens"),
+        (
+            ["{tiny}", "--task", "chain_sum", "--output", "/no/such/x.json"],
+            "output='/no/such/x.json' lies in a directory",
+        ),
+        (["{tiny}", "--task", "chain_sum", "{tiny}"], "belongs to no flag"),
+        (["--task", "chain_sum"], "the following arguments are required: CKPT"),
+        (["/no/such/dir", "--task", "chain_sum"], "CKPT='/no/such/dir' is not a directory"),
+        (["{empty}", "--task", "chain_sum"], "holds no checkpoint"),
+    ],
+)
+def test_select_checkpoint_refuses_bad_input_in_one_line_before_a_model_is_loaded(
+    words, message, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("rlvr.trainers.checkpoint_choice.load_model", None)
+    assert (
+        main(
+            [
+                "select-checkpoint",
+                *(
+                    w.format(tiny=tiny_model_dir, empty=tmp_path)
+                    if w[0] == "{" and w[-1] == "}" and ":" not in w
+                    else w
+                    for w in words
+                ),
+            ]
+        )
+        == 2
+    )
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_read_prompts_needs_a_tokenizer_and_for_messages_a_chat_template(tiny_model_dir, tmp_path):
+    messages = [[{"role": "user", "content": "Hi"}]]
+    reader = read_prompts(tiny_model_dir, messages, None)
+    assert reader.tokenizer.decode(reader.prompt_ids[0]) == "user: Hi\nassistant: "
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_model_dir, plain)
+    (plain / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="has no chat template"):
+        read_prompts(plain, messages, None)
+    for path in plain.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        read_prompts(plain, ["Hi"], None)
+
+
+def test_find_checkpoints_in_natural_order_each_once(scaled_dir, tiny_model_dir):
+    numbered = [scaled_dir / f"checkpoint-{step}" for step in (9, 10, 100)]
+    assert find_checkpoints([str(scaled_dir)]) == numbered
+    assert find_checkpoints([f"{scaled_dir}/checkpoint-*", str(scaled_dir), str(numbered[1])]) == numbered
+    assert find_checkpoints([str(tiny_model_dir), str(numbered[2])]) == [tiny_model_dir, numbered[2]]
+
+
+def test_find_checkpoints_takes_the_final_model_beside_its_checkpoints(scaled_dir, tmp_path):
+    for name in ("", "checkpoint-2", "checkpoint-10"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").touch()
+        (tmp_path / name / "model.safetensors").touch()
+    assert find_checkpoints([str(tmp_path)]) == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-10", tmp_path]
+
+
+def test_find_checkpoints_names_one_whose_weights_are_missing(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "checkpoint-1" / "adapter_config.json").touch()
+    (tmp_path / "checkpoint-1" / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"checkpoint-2' has no config\.json with weights"):
+        find_checkpoints([str(tmp_path)])
+
+
+def test_choice_config_is_frozen_and_has_the_papers_band():
+    assert ChoiceConfig().band == [0.3, 0.5]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ChoiceConfig().samples = 3

@@ -111,7 +111,7 @@ def _dynamics(steps: Sequence[dict[str, Any]]) -> Dynamics | None:
 
 def class_series(steps: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and measured entropy change of each class of tokens, and of "advantage_0": what the classes leave of the
-    whole. Such tokens move because the others do, whose parameters they share.
+    whole. Such tokens are moved by the others, whose parameters they share, and by penalties and bonuses.
     """
     names = ["dynamics/measured", *(f"dynamics/measured_{name}" for name in CLASSES)]
     whole = [r for r in steps if all(math.isfinite(r["metrics"].get(name, math.nan)) for name in names)]
@@ -194,9 +194,10 @@ def _dynamics_lines(found: Dynamics) -> list[str]:
 
 def _correlation_line(correlations: Mapping[str, float]) -> str:
     best = max(correlations, key=correlations.__getitem__)
-    named = [f"{name} {correlations[name]:.2f}" for name in ("discriminator",) if name in correlations]
-    named += [f"best {best} {correlations[best]:.2f}"] if best != "discriminator" else []
-    return f"correlation over tokens: {', '.join(named)}"
+    text = f"best {best} {correlations[best]:.2f}"
+    if best != "discriminator" and "discriminator" in correlations:
+        text = f"discriminator {correlations['discriminator']:.2f}, {text}"
+    return f"correlation over tokens: {text}"
 
 
 def class_label(name: str) -> str:

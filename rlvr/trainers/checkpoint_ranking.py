@@ -128,7 +128,7 @@ def format_ranking(ranked: Sequence[Ranked], band: Sequence[float]) -> str:
     columns = [
         ["", *(str(i + 1) for i in range(len(ranked)))],
         ["checkpoint", *names],
-        ["entropy (nats)", *(f"{one.entropy:.3f} ± {one.entropy_ci95:.3f}" for one in measured)],
+        ["entropy", *(f"{one.entropy:.3f} ± {one.entropy_ci95:.3f}" for one in measured)],
         ["", *(one.verdict for one in ranked)],
         ["tokens", *(f"{one.length:.1f}" for one in measured)],
         ["cut", *(f"{100 * one.truncated:.0f} %" for one in measured)],
@@ -136,7 +136,7 @@ def format_ranking(ranked: Sequence[Ranked], band: Sequence[float]) -> str:
         *([f"@{k}", *(f"{one.pass_at_k[k]:.2f}" for one in measured)] for k in measured[0].pass_at_k if k > 1),
     ]
     widths = [max(map(len, column)) for column in columns]
-    widths[1] = min(widths[1], max(12, WIDTH - sum(widths) - 2 * (len(widths) - 1) + widths[1]))
+    widths[1] = min(widths[1], max(10, WIDTH - sum(widths) - 2 * (len(widths) - 1) + widths[1]))
     columns[1] = [name if len(name) <= widths[1] else "…" + name[1 - widths[1] :] for name in columns[1]]
     left = {1, 3}  # text; numbers end at the right
     rows = [
@@ -159,7 +159,7 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 
 def _unjudged(names: Sequence[str], measured: Sequence[Measurement]) -> list[str]:
     return [
-        f"{name}: {100 * one.unjudged:.2g} % of completions could not be judged (verifier failed), pass@k is without them"
+        f"{name}: {100 * one.unjudged:.2g} % of completions could not be judged; pass@k leaves them out"
         for name, one in zip(names, measured, strict=True)
         if one.unjudged
     ]

@@ -4,6 +4,7 @@ Row i of a checkpoint's samples is drawn with the same random numbers as row i o
 differs between two checkpoints is then the checkpoints, and not their luck.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,19 +146,20 @@ def completion_entropy(
 ) -> Tensor:
     """Exact entropy of softmax(z / temperature) summed over the tokens of each completion: [N] float64, in nats.
 
-    One forward per few completions, padded at the end, where causal attention cannot see it.
+    One forward for a few completions, padded at the end, where no token of theirs can see it.
     """
-    longest = len(prompt) + max(map(len, completions))
-    rows = max(1, MAX_LOGITS // (longest * model.config.get_text_config().vocab_size))
+    kept = max(map(len, completions)) + 1  # logits from the end: the prompt's are used for its last token only
+    keep = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    rows = max(1, MAX_LOGITS // (kept * model.config.get_text_config().vocab_size))
     sums = []
     for start in range(0, len(completions), rows):
-        some = [torch.tensor([*prompt, *ids]) for ids in completions[start : start + rows]]
-        ids = pad_sequence(some, batch_first=True).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in some], batch_first=True).to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, whole in enumerate(some):
-            span = slice(len(prompt) - 1, len(whole) - 1)  # the logits that chose a completion's tokens
-            sums.append(_entropy_sum(logits[row, span], ids[row, len(prompt) : len(whole)], temperature))
+        some = completions[start : start + rows]
+        wholes = [torch.tensor([*prompt, *ids, *[0] * (kept - 1 - len(ids))]) for ids in some]
+        ids = torch.stack(wholes).to(model.device)
+        logits = model(input_ids=ids, use_cache=False, **keep).logits[:, -kept:]  # the first one chose the first token
+        targets = ids[:, len(prompt) :]
+        for row, length in enumerate(map(len, some)):
+            sums.append(_entropy_sum(logits[row, :length], targets[row, :length], temperature))
     return torch.stack(sums).cpu()
 
 

@@ -16,6 +16,8 @@ from rlvr.monitor.records import read_evals, read_steps, rollout_points, series
 SHARES = (0.10, 0.25, 0.50, 1.0)
 WINDOW = 5  # rollouts that are averaged: which problems a rollout draws moves its reward by about .05
 
+TOP = 1.0  # nats, where the picture ends: a policy that explodes goes up to log 108
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -118,7 +120,7 @@ def picture(curves: dict[str, list[list[float]]], updates: int, band: Band) -> b
             axes.fill_between(steps, entropy.min(0), entropy.max(0), color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("entropy (nats)")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, TOP)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
     return render(Picture("lab", "Entropy", (), draw), Records([], []), LIGHT)
