@@ -46,7 +46,8 @@ class ChoiceConfig:
     temperature: float = field(default=1.0, metadata={"help": "Of the samples and of the entropy, as RL will use it."})
     stop: str | None = field(default=None, metadata={"help": "Text of one token that ends a completion too."})
     band: list[float] = field(
-        default_factory=lambda: [0.3, 0.5], metadata={"help": "Lowest and highest good entropy, nats per token."}
+        default_factory=lambda: [0.3, 0.5],
+        metadata={"help": "Lowest and highest good entropy, nats per token; the default is Ring-lite's."},
     )
     pass_reward: float = field(default=1.0, metadata={"help": "Reward from which on a completion counts as correct."})
     batch_size: int = field(
@@ -170,7 +171,8 @@ def select_checkpoint(words: Sequence[str]) -> str:
         Path(config.output).expanduser().write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     header = (
         f"{task.name}: {len(task.heldout)} held-out prompts x {config.samples} samples of at most {config.max_tokens} "
-        f"tokens, temperature {config.temperature:g}\nentropy in nats per token; ± is a 95 % interval over prompts"
+        f"tokens, temperature {config.temperature:g}\n"
+        "entropy: nats per token; tokens: mean length; cut: share at the limit; ± 95 % interval over prompts"
     )
     return f"{header}\n\n{format_ranking(ranked, config.band)}"
 

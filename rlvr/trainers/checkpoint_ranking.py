@@ -15,9 +15,9 @@ from rlvr.trainers.checkpoint_sampling import Samples
 
 Verdict = Literal["inside", "too low", "too high", "not finite"]
 REASONS: dict[Verdict, str] = {
-    "inside": "entropy is in the band that RL is reported to work best from (arXiv 2506.14731)",
-    "too low": "will collapse early, little is left to explore: take one with fewer epochs of fine-tuning",
-    "too high": "not yet settled on a way to answer: fine-tune for longer",
+    "inside": "entropy is in the band: room to explore is left",
+    "too low": "will collapse early, little is left to explore: take one of fewer epochs",
+    "too high": "not settled on a way to answer yet: fine-tune for longer",
     "not finite": "the checkpoint's logits hold NaN: it is broken",
 }
 WIDTH = 100  # columns of a terminal
@@ -129,7 +129,7 @@ def format_ranking(ranked: Sequence[Ranked], band: Sequence[float]) -> str:
         ["", *(str(i + 1) for i in range(len(ranked)))],
         ["checkpoint", *names],
         ["entropy", *(f"{one.entropy:.3f} ± {one.entropy_ci95:.3f}" for one in measured)],
-        ["", *(one.verdict for one in ranked)],
+        ["verdict", *(one.verdict for one in ranked)],
         ["tokens", *(f"{one.length:.1f}" for one in measured)],
         ["cut", *(f"{100 * one.truncated:.0f} %" for one in measured)],
         ["pass@1", *(f"{one.pass_at_k[1]:.2f} ± {one.pass_at_1_ci95:.2f}" for one in measured)],
@@ -169,5 +169,9 @@ def _advice(name: str, best: Ranked, band: Sequence[float]) -> str:
     span = f"{band[0]:g} to {band[1]:g} nats"
     if best.verdict == "inside":
         k = max(best.measured.pass_at_k)
-        return f"Start from {name}: of those inside {span} it has the highest pass@{k}."
-    return f"No checkpoint is inside {span}; {name} is the nearest."
+        return f"Start from {name}: none of those inside {span} has a higher pass@{k}."
+    low, high = best.measured.entropy - best.measured.entropy_ci95, best.measured.entropy + best.measured.entropy_ci95
+    unsure = (
+        "; its interval reaches the band, so more --prompts may decide" if low <= band[1] and high >= band[0] else ""
+    )
+    return f"No checkpoint is inside {span}. {name} is the nearest{unsure}."

@@ -31,7 +31,7 @@ def hold(lever: str, control: Settings, lowest: float, highest: float) -> Settin
 
 
 # Of the constant bonuses 0.1 hardly slows the collapse and 0.3 ends in a uniform policy; the thermostat's range spans
-# both. KL-Cov does not reach the band: the penalty saturates, as the gradient is clipped at norm 1.
+# both. KL-Cov does not reach the band: at coef 10 the gradient's norm is 10 to 20, and it is clipped to 1.
 METHODS: dict[str, Settings] = {
     "grpo": {},
     **{f"bonus-{coef}": bonus(coef) for coef in (0.03, 0.1, 0.3, 1.0)},

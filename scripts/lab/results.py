@@ -1,6 +1,5 @@
 """What the runs of an experiment show: numbers per run, means over seeds, and entropy against the step."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +99,7 @@ def table(by_method: dict[str, list[Result]]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{stdev(values) if len(values) > 1 else math.nan:.3f}"
+    return f"{stdev(values):.3f}" if len(values) > 1 else "?"
 
 
 def picture(curves: dict[str, list[list[float]]], updates: int, band: Band) -> bytes:
