@@ -1,4 +1,4 @@
-"""The `rlvr` command: choose a checkpoint, look at a run; no network and no account."""
+"""The `rlvr` command: choose a checkpoint to start from; look at a run without a GPU, a network or an account."""
 
 import argparse
 import sys
