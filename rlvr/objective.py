@@ -56,7 +56,7 @@ def token_losses(
     if c.weight is not None:
         loss = loss * c.weight
     if c.drift is not None:
-        loss = loss + c.drift * log_ratio(tokens).abs()
+        loss = loss + torch.where(c.drift == 0, 0.0, c.drift * log_ratio(tokens).abs())
     if c.entropy is not None:
         loss = loss - c.entropy * _required(tokens.entropy, "entropy")
     if c.reference is not None and kl is not None:

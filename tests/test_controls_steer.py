@@ -1,5 +1,6 @@
 """STEER beyond the contract: what Omega estimates, how weights follow from it, and what they are for."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -214,3 +215,22 @@ def test_discriminator_of_the_token_is_what_the_forms_rest_on() -> None:
     step = (tokens.logps - tokens.old_logps).exp() * tokens.advantages
     torch.testing.assert_close(estimated_change(tokens, "theorem"), -step * (1 - tokens.logps.exp()) * s, **EXACT)
     torch.testing.assert_close(estimated_change(tokens, "full"), -step * (s - mean_discriminator(logits)), **EXACT)
+
+
+def test_steer_leaves_tokens_beyond_the_dual_clip_alone() -> None:
+    """Such a token has no gradient: it neither sets the maximum nor gets a weight."""
+    logps = torch.tensor([-0.2, -1.0, -1.5], dtype=torch.float64)
+    old = torch.tensor([-0.2 - math.log(15), -1.1, -1.4], dtype=torch.float64)
+    tokens = Tokens(
+        logps=logps,
+        old_logps=old,
+        advantages=torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64),
+        sequence=torch.arange(3),
+        num_sequences=3,
+        entropy=torch.tensor([0.8, 1.2, 0.9], dtype=torch.float64),
+    )
+    surrogate = PpoClip(low=0.2, high=0.28, dual_clip=10.0)
+    clipped = surrogate.clipped(surrogate.ratio(tokens), tokens)
+    assert clipped.dead.tolist() == [True, False, False] and not clipped.any.any()
+    weight = apply([Steer()], tokens, clipped, LocalReduce()).coefficients.weight
+    assert weight is not None and weight[0] == 1 and weight.min() == 0.7

@@ -310,3 +310,19 @@ def test_a_string_option_is_built_and_its_kind_checked() -> None:
     for value in (1, True, None):
         with pytest.raises(ConfigError, match=f"surrogate dppo: anchor={value}: write a name, such as old"):
             build("surrogate", SURROGATES, {"name": "dppo", "anchor": value})
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_token_impossible_under_both_policies_is_no_nan(name: str) -> None:
+    logps = torch.tensor([-torch.inf, -1.0], dtype=torch.float64)
+    tokens = Tokens(
+        logps=logps.requires_grad_(),
+        old_logps=logps.detach(),
+        advantages=torch.tensor([0.0, 1.0], dtype=torch.float64),
+        sequence=torch.tensor([0, 1]),
+        num_sequences=2,
+    )
+    penalty = Coefficients(drift=torch.tensor([0.0, 1.0], dtype=torch.float64))
+    loss = policy_loss(tokens, SURROGATES[name](), penalty, mode="seq_mean_token_mean")
+    (grad,) = torch.autograd.grad(loss, tokens.logps)
+    assert loss.isfinite() and grad[1] != 0 and grad.isfinite().all()

@@ -11,7 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlvr.controls.base import Control, Outcome, Scope, check_fraction, check_scope, largest, required
+from rlvr.controls.base import (
+    Control,
+    Outcome,
+    Scope,
+    check_fraction,
+    check_scope,
+    in_loss_precision,
+    largest,
+    required,
+)
 from rlvr.surrogates import Clipped
 from rlvr.types import Coefficients, Mean, Reduce, Tokens
 
@@ -69,7 +78,7 @@ class ClipCov(Control):
         masked = torch.zeros_like(candidates)
         keys = required(tokens.key, "key")[candidates]
         masked[candidates] = largest(keys, keys, num_masked, reduce)
-        weight = (~masked).to(tokens.logps.dtype)
+        weight = in_loss_precision(~masked, tokens)
         metrics = {
             "clip_cov/masked": Mean.of(masked),
             "clip_cov/candidates": Mean.of(candidates),
@@ -121,4 +130,4 @@ class KlCov(Control):
         cov, total = covariance(tokens, reduce)
         selected = largest(cov, required(tokens.key, "key"), max(int(self.fraction * total), 1), reduce)
         metrics = {"kl_cov/selected": Mean.of(selected), "kl_cov/cov": Mean.of(cov)}
-        return Outcome(Coefficients(drift=self.coef * selected.to(tokens.logps.dtype)), metrics)
+        return Outcome(Coefficients(drift=in_loss_precision(self.coef * selected.double(), tokens)), metrics)

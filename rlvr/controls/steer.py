@@ -105,7 +105,7 @@ class Steer(Control):
             raise ValueError(f"floor={self.floor}: must be a number above 0, or unset")
 
     def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
-        acts = torch.ones_like(clipped.any) if self.form == "released" else ~clipped.any
+        acts = torch.ones_like(clipped.any) if self.form == "released" else ~clipped.dead
         omega = estimated_change(tokens, self.form).abs() * acts
         smallest, largest = extremes(omega[acts], reduce)
         weight = torch.where(acts, self._weight(omega, smallest, largest), 1.0)

@@ -85,6 +85,7 @@ _ROWS: dict[str, Metric] = {
     "law/r2": Metric("fraction", "variance of the reward that the law explains"),
     "law/r2_linear": Metric("fraction", "variance of the reward that a straight line in H explains"),
     # clip: the surrogate's own clipping
+    "clip/dual": Metric("fraction", "trained tokens beyond the dual clip (A < 0)", "near 0", touches=True),
     "clip/high": Metric("fraction", "trained tokens clipped at the upper bound (A > 0)", "below 0.05", touches=True),
     "clip/low": Metric("fraction", "trained tokens clipped at the lower bound (A < 0)", "below 0.05", touches=True),
     # controls, one area each

@@ -20,8 +20,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def log_ratio(tokens: Tokens) -> Tensor:
-    """log pi - log pi_old [N], at least float32."""
-    return at_least_float32(tokens.logps) - at_least_float32(tokens.old_logps)
+    """log pi - log pi_old [N], at least float32; 0 for a token that is impossible under both."""
+    new, old = at_least_float32(tokens.logps), at_least_float32(tokens.old_logps)
+    return (new - old).masked_fill((new == -torch.inf) & (old == -torch.inf), 0.0)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -36,14 +37,28 @@ def check_region(low: float, high: float) -> None:
 
 
 class Clipped(NamedTuple):
-    """Tokens that have left the trust region on the side that their advantage pushes to; bool [N], detached."""
+    """Tokens that have left the trust region on the side that their advantage pushes to; bool [N], detached.
+
+    low, high: at the region's bounds.   dual: punished tokens whose ratio is beyond the dual clip, where there is one.
+    """
 
     low: Tensor
     high: Tensor
+    dual: Tensor | None = None
 
     @property
     def any(self) -> Tensor:
+        """At a bound of the trust region, as clip fractions and Clip-Cov count it."""
         return self.low | self.high
+
+    @property
+    def dead(self) -> Tensor:
+        """Without gradient, for whatever bound: STEER's I_clip = 0."""
+        return self.any if self.dual is None else self.any | self.dual
+
+    def select(self, keep: Tensor) -> "Clipped":
+        """The tokens where keep [N] is true."""
+        return Clipped(self.low[keep], self.high[keep], None if self.dual is None else self.dual[keep])
 
 
 class Surrogate(Protocol):

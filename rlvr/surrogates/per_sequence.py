@@ -56,8 +56,8 @@ class Gmpo(TokenRatio):
         check_region(self.low, self.high)
 
     def loss(self, ratio: Tensor, tokens: Tokens) -> Tensor:
-        low, high = self.clipped(ratio, tokens)
-        bounded = torch.where(low, -self.low, torch.where(high, self.high, ratio.log()))
+        at = self.clipped(ratio, tokens)
+        bounded = torch.where(at.low, -self.low, torch.where(at.high, self.high, ratio.log()))
         return -torch.exp(tokens.sequence_means(bounded))[tokens.sequence] * tokens.advantages
 
     def clipped(self, ratio: Tensor, tokens: Tokens) -> Clipped:

@@ -56,8 +56,10 @@ class PpoClip(TokenRatio):
         return -torch.min(ratio * tokens.advantages, bounded * tokens.advantages)
 
     def clipped(self, ratio: Tensor, tokens: Tokens) -> Clipped:
-        low, high = ratio.detach() < 1 - self.low, ratio.detach() > 1 + self.high
-        return Clipped(low & (tokens.advantages < 0), high & (tokens.advantages > 0))
+        ratio, punished = ratio.detach(), tokens.advantages < 0
+        dual = None if self.dual_clip is None else punished & (ratio > self.dual_clip)
+        low, high = ratio < 1 - self.low, ratio > 1 + self.high
+        return Clipped(low & punished, high & (tokens.advantages > 0), dual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

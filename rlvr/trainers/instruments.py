@@ -22,7 +22,7 @@ def step_means(tokens: Tokens, ratio: Tensor, clipped: Clipped, coefficients: Co
     keep = coefficients.keep
     if keep is not None:  # what a control took out of the loss is no trained token
         tokens, ratio, coefficients = tokens.select(keep), ratio[keep], coefficients.select(keep)
-        clipped = Clipped(clipped.low[keep], clipped.high[keep])
+        clipped = clipped.select(keep)
     log_ratio = tokens.logps - tokens.old_logps
     means = {
         "policy/ratio": Mean.of(ratio),
@@ -31,6 +31,8 @@ def step_means(tokens: Tokens, ratio: Tensor, clipped: Clipped, coefficients: Co
         "clip/low": Mean.of(clipped.low),
         "clip/high": Mean.of(clipped.high),
     }
+    if clipped.dual is not None:
+        means["clip/dual"] = Mean.of(clipped.dual)
     if tokens.entropy is not None:
         means["entropy/mean"] = Mean.of(tokens.entropy)
     if tokens.ref_logps is not None:

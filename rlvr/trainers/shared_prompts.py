@@ -1,10 +1,10 @@
 """Compute each prompt once for all of its completions.
 
 A group's completions repeat one prompt; with short answers that repetition is most of the training step. Here the
-prompt and its completions become one row: every completion starts with its own copy of the prompt's last token, attends
-to the prompt and to itself, and counts positions from where the prompt ended. The result is the same function of the
-same weights, so log-probs agree up to rounding. Attention is quadratic in the row: this is for completions that are
-short beside their prompt, and off by default.
+prompt and its completions become one row: every completion starts with its own copy of the prompt's last token,
+attends to the prompt and to itself, and counts positions from where the prompt ended. The result is the same function
+of the same weights, so log-probs agree up to rounding. Attention is quadratic in the row: this is for completions that
+are short beside their prompt, and off by default.
 """
 
 from dataclasses import dataclass
