@@ -2,11 +2,9 @@
 
     OMP_WAIT_POLICY=passive python scripts/bench_step.py --model models/SmolLM2-135M-Instruct --rounds 12
 
-Same model, prompts, seed, completion lengths and transformers rollouts on every side. All sides are alive at once
-and take
-turns after each rollout and its two optimizer steps, so that a change of the machine's speed meets all of them; the
-order
-rotates. A turn lasts from the beginning of a rollout to the beginning of the side's next one: logging and records
+Same model, prompts, seed, completion lengths and transformers rollouts on every side. All sides are alive at once and
+take turns after each rollout and its two optimizer steps, so that a change of the machine's speed meets all of them;
+the order rotates. A turn lasts from the beginning of a rollout to the beginning of the side's next one: logging and records
 are in it. The figure is the median over rounds of the ratio to stock TRL in the same round, with its quartiles.
 """
 
@@ -103,6 +101,7 @@ def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> 
         max_completion_length=options.length,
         generation_kwargs={"min_new_tokens": options.length},
         max_steps=options.rounds * 2,
+        optim="sgd",  # all sides live at once; Adam's states would not fit, and would only make the shares smaller
         logging_steps=1,
         report_to="none",
         save_strategy="no",
