@@ -66,8 +66,8 @@ class Thermostat:
             raise ValueError(f"gain={self.gain}, integral_gain={self.integral_gain}: need >= 0, and one of them > 0")
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate={self.rate}: must lie in (0, 1], a share of the range per step")
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience}: must be at least 1 step")
+        if not isinstance(self.patience, int) or self.patience < 1:
+            raise ValueError(f"patience={self.patience}: must be a whole number of steps, at least 1")
 
     def start(self, value: float, direction: int) -> ThermostatState:
         """The state at the lever's present value.   direction: +1 if a larger value leaves more entropy, else -1.

@@ -4,8 +4,8 @@
 
 Same model, prompts, seed, completion lengths and transformers rollouts on every side. All sides are alive at once and
 take turns after each rollout and its two optimizer steps, so that a change of the machine's speed meets all of them;
-the order rotates. A turn lasts from the beginning of a rollout to the beginning of the side's next one: logging and records
-are in it. The figure is the median over rounds of the ratio to stock TRL in the same round, with its quartiles.
+the order rotates. A turn lasts from the beginning of a rollout to the beginning of the side's next one: logging and
+records are in it. The figure is the median over rounds of the ratio to stock TRL in the same round, with quartiles.
 """
 
 import argparse

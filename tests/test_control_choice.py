@@ -19,6 +19,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty band": ({**KL_COV, "thermostat": {**BAND, "low": 0.6}}, "thermostat: low=0.6, high=0.5"),
     "no such lever": ({**KL_COV, "thermostat": {**BAND, "lever": "kl_cov.beta"}}, "did you mean kl_cov.coef"),
     "outside its range": ({**KL_COV, "thermostat": {**BAND, "highest": 0.5}}, "kl_cov.coef=1.0 lies outside"),
+    "range that the control refuses": (
+        {"controls": ["steer"], "thermostat": {**BAND, "lever": "steer.min_weight", "highest": 1.0}},
+        "thermostat lever=steer.min_weight: min_weight=0.0: must lie in (0, 1]",
+    ),
+    "counted already": (
+        {"controls": [{"name": "clip_b", "scope": "micro_batch"}]},
+        "controls clip_b scope=micro_batch takes tokens out after loss_type=dapo has counted them",
+    ),
+    "half a sequence": ({"probe_sequences": 1.5}, "probe_sequences=1.5: must be a whole number"),
+    "callback states": (
+        {"restore_callback_states_from_checkpoint": True},
+        "restore_callback_states_from_checkpoint=True is refused",
+    ),
     "two controllers": (
         {"controls": ["kl_cov", "adaptive_entropy"], "num_iterations": 2, "thermostat": BAND},
         "adaptive_entropy and thermostat both steer",

@@ -99,6 +99,13 @@ def test_effects_of_controls_are_what_they_take_from_the_prediction(tiny_model_d
     assert both["dynamics/measured"] > 0  # nothing but the bonus is left
 
 
+def test_before_and_after_are_measured_as_the_policy_is_trained(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Under autocast the probe's entropy change is that of the recorded, autocast entropy."""
+    steps = run(tiny_model_dir, tmp_path, max_steps=2, bf16=True)
+    moved = steps[1]["entropy/mean"] - steps[0]["entropy/mean"]
+    assert steps[0]["dynamics/measured"] == pytest.approx(moved, abs=2e-5)
+
+
 def test_nothing_is_computed_for_instruments_that_are_off(tiny_model_dir: Path, tmp_path: Path) -> None:
     one = trainer(tiny_model_dir, tmp_path, per_device_train_batch_size=16, diagnostics=False, max_steps=1)
     one.train()
@@ -106,7 +113,14 @@ def test_nothing_is_computed_for_instruments_that_are_off(tiny_model_dir: Path, 
 
 
 def test_diagnostics_describe_the_steps_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
-    one = trainer(tiny_model_dir, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1)
+    one = trainer(
+        tiny_model_dir,
+        tmp_path,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        controls=[{"name": "clip_b", "mu": 0.5}],  # what it takes out is no trained token
+    )
     one.train()
     record = read_steps(tmp_path)[0]
     metrics, bins = record["metrics"], record["entropy_by_position"]

@@ -119,10 +119,21 @@ def test_thermostat_moves_its_lever_and_is_resumed_where_it_was(tiny_model_dir: 
     out = tmp_path / "cut"
     moving(tiny_model_dir, out, max_steps=2, learning_rate=0.0, save_strategy="steps", save_steps=2).train()
     saved = json.loads((out / "checkpoint-2/trainer_state.json").read_text())["stateful_callbacks"]["RunCallback"]
-    assert saved["attributes"]["controls"] == {"kl_cov": {"coef": expected[1]}}
+    assert saved["attributes"]["thermostat"]["value"] == expected[1]
     resumed = moving(tiny_model_dir, out, max_steps=6, learning_rate=0.0)
     resumed.train(resume_from_checkpoint=True)
     assert [record["metrics"]["thermostat/value"] for record in read_steps(out)] == expected
+
+
+def test_checkpoint_without_our_state_is_resumed_and_saved_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    moving(tiny_model_dir, out, max_steps=2, save_strategy="steps", save_steps=2).train()
+    path = out / "checkpoint-2/trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["RunCallback"]
+    path.write_text(json.dumps(state))
+    moving(tiny_model_dir, out, max_steps=4, save_strategy="steps", save_steps=2).train(resume_from_checkpoint=True)
+    assert "RunCallback" in json.loads((out / "checkpoint-4/trainer_state.json").read_text())["stateful_callbacks"]
 
 
 def test_adaptive_entropy_pays_a_bonus_only_below_its_target(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlvr.controls import ClipCov, KlCov
+from rlvr.controls.entropy import AdaptiveEntropy, EntropyBonus
 from rlvr.errors import ConfigError
 from rlvr.surrogates import Cispo, PpoClip
 from rlvr.thermostat import Thermostat, ThermostatState
@@ -136,6 +137,37 @@ def test_steering_moves_the_control_and_goes_on_from_its_state() -> None:
     for entropy in (0.2, 0.9):
         assert one.observe(entropy) == other.observe(entropy)
     assert one.controls == other.controls
+
+
+def test_state_of_another_lever_or_range_is_not_mistaken_for_ours() -> None:
+    one = Steering((KlCov(),), PpoClip(), BAND)
+    for _ in range(20):
+        one.observe(0.0)
+    reached = one.controls["kl_cov"].coef  # type: ignore[attr-defined]
+    assert reached > 2
+    wider = Steering((KlCov(),), PpoClip(), replace(BAND, highest=100.0))
+    wider.load_state_dict(one.state_dict())
+    assert wider.controls["kl_cov"].coef == pytest.approx(reached)  # type: ignore[attr-defined]
+    narrower = Steering((KlCov(),), PpoClip(), replace(BAND, highest=2.0))
+    narrower.load_state_dict(one.state_dict())
+    assert narrower.controls["kl_cov"].coef == 2.0  # type: ignore[attr-defined]
+    other = Steering((KlCov(), EntropyBonus()), PpoClip(), replace(BAND, lever="entropy_bonus.coef", highest=1.0))
+    other.load_state_dict(one.state_dict())
+    assert other.controls == {"kl_cov": KlCov(), "entropy_bonus": EntropyBonus()}
+    without = Steering((KlCov(coef=0.5),), PpoClip())
+    without.load_state_dict(one.state_dict())
+    assert without.controls["kl_cov"] == KlCov(coef=0.5)
+
+
+def test_adaptive_entropy_goes_on_where_it_was_or_says_why_not() -> None:
+    one = Steering((AdaptiveEntropy(target=0.5, delta=0.001),), PpoClip())
+    for _ in range(3):
+        one.observe(0.1)
+    again = Steering((AdaptiveEntropy(target=0.5, delta=0.001),), PpoClip())
+    again.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert again.controls == one.controls
+    with pytest.raises(ConfigError, match=r"adaptive_entropy cannot go on from its checkpoint: coef=0\.003"):
+        Steering((AdaptiveEntropy(max_coef=0.001),), PpoClip()).load_state_dict(one.state_dict())
 
 
 def test_steering_moves_the_surrogate() -> None:

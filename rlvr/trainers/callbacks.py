@@ -69,6 +69,8 @@ class RunCallback(TrainerCallback, ExportableState):
         # TRL counts micro-batches from 0 in every process; after a resume it would regenerate out of step with the
         # sampler, which repeats each prompt for as many micro-batches as its rollout lasts.
         self._trainer._step = state.global_step * args.gradient_accumulation_steps
+        # A checkpoint that this callback did not write lacks its entry, which saving the next one looks up.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self._trainer.is_world_process_zero():
             print(header(self._trainer), flush=True)
 
@@ -82,10 +84,10 @@ class RunCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         measured = self._trainer.probe.measure()
         metrics = {**self._trainer.step_metrics, **measured, **self._times()}
+        metrics |= self._law(state.global_step, metrics)
         for name, value in metrics.items():
             self._trainer._metrics["train"][name].append(value)
         if self._recorder is not None:
-            metrics |= self._law(state.global_step, metrics)
             self._recorder.record_step(state.global_step, metrics, self._trainer.diagnostics.by_position)
             if self._rows:
                 columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}

@@ -186,8 +186,15 @@ class GRPOConfig(trl.GRPOConfig):
                 "scale_rewards=batch has no effect on advantage_estimator=leave_one_out: unset one of them"
             )
         for name, least in {"record_sequences": 0, "probe_sequences": 0, "probe_every": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be >= {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value}: must be a whole number >= {least}")
+        if not math.isfinite(self.pass_reward):
+            raise ConfigError(f"pass_reward={self.pass_reward}: must be a finite reward")
+        if self.restore_callback_states_from_checkpoint:
+            raise ConfigError(
+                "restore_callback_states_from_checkpoint=True is refused: rlvr restores its own state; unset it"
+            )
         if self.vllm_dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
         if self.use_vllm:

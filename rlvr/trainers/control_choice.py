@@ -1,7 +1,7 @@
 """What controls, thermostat and TRL's fields demand of each other, checked before any model is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rlvr.controls import construct
@@ -11,6 +11,8 @@ from rlvr.errors import ConfigError
 from rlvr.thermostat import Thermostat
 from rlvr.trainers.steering import find_lever
 from rlvr.trainers.surrogate_choice import parse, trl_default
+
+SPANNING = ("dapo", "cispo", "grpo")  # loss types whose denominator is counted over the whole rollout
 
 if TYPE_CHECKING:
     from rlvr.trainers.config import GRPOConfig
@@ -27,8 +29,10 @@ def choose_thermostat(args: "GRPOConfig") -> Thermostat | None:
     lever = find_lever(thermostat, args.control_list, args.surrogate_fn)
     try:
         thermostat.start(lever.value, lever.direction)
+        for end in (thermostat.lowest, thermostat.highest):
+            replace(lever.moved, **{lever.field: end})
     except ValueError as error:
-        raise ConfigError(f"thermostat: {error}") from error
+        raise ConfigError(f"thermostat lever={thermostat.lever}: {error}") from error
     return thermostat
 
 
@@ -45,6 +49,12 @@ def check_controls(args: "GRPOConfig") -> None:
         raise ConfigError(
             f"loss_type={args.loss_type} and controls token_budget both choose the denominator: use loss_type: dapo"
         )
+    for name, control in controls.items():
+        if name in ("clip_b", "clip_v") and control.scope == "micro_batch" and args.loss_type in SPANNING:
+            raise ConfigError(
+                f"controls {name} scope=micro_batch takes tokens out after loss_type={args.loss_type} has counted "
+                "them over the rollout: use scope: rollout, or loss_type: bnpo, which counts in the micro-batch"
+            )
     if "reference_kl" in controls:
         if args.beta:
             raise ConfigError(f"beta={args.beta} and controls reference_kl say the same thing twice: set one")

@@ -86,15 +86,16 @@ class ControlledTrainer(HeldOutTrainer):
     def moments(self, batch: Mapping[str, Any], want: Collection[str]) -> dict[str, Tensor]:
         """Statistics (B, T) of the current policy, by a forward pass without gradient; names as in TokenStats."""
         arguments = bridge.forward_arguments(batch)
-        return token_moments(
-            self.accelerator.unwrap_model(self.model),
-            arguments["input_ids"],
-            arguments["attention_mask"],
-            arguments["logits_to_keep"],
-            temperature=self.temperature,
-            batch_size=self.args.per_device_train_batch_size,
-            want=want,
-        )
+        with self.accelerator.autocast():  # the policy that is trained on
+            return token_moments(
+                self.accelerator.unwrap_model(self.model),
+                arguments["input_ids"],
+                arguments["attention_mask"],
+                arguments["logits_to_keep"],
+                temperature=self.temperature,
+                batch_size=self.args.per_device_train_batch_size,
+                want=want,
+            )
 
     def _check_engine(self, tokens: Tokens) -> None:
         """The start-up probe: engine and trainer must agree on the first completions before anything is trained."""
@@ -154,7 +155,7 @@ class ControlledTrainer(HeldOutTrainer):
         loss = objective(tokens, coefficients)
         if self.probe.wants(self.state.global_step):
             self.probe.watch(self.state.global_step, inputs, tokens, objective, by_control)
-        self.diagnostics.add(tokens)
+        self.diagnostics.add(tokens if coefficients.keep is None else tokens.select(coefficients.keep))
         metrics = {**metrics_of(micro)}
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps

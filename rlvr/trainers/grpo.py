@@ -25,6 +25,7 @@ from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
+from rlvr.trainers.moments import require_whole_head
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, saved_state
 from rlvr.trainers.router import RouterZLoss
 from rlvr.trainers.shared_prompts import require_full_attention
@@ -82,6 +83,9 @@ class GRPOTrainer(ControlledTrainer):
         self.probe = EntropyProbe(self, args.probe_sequences, args.probe_every)
         self.diagnostics = TokenDiagnostics(args.diagnostics)
         self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config)
+        if args.probe_sequences or any("mean_discriminator" in control.needs for control in args.control_list):
+            asks = "probe_sequences" if args.probe_sequences else "a control of mean_discriminator"
+            require_whole_head(self, asks)
         if args.stop is not None:
             add_stop_token(self, args.stop)
         if own_engine:

@@ -133,6 +133,7 @@ class TokenDiagnostics:
 
     def close(self, reduce: Reduce) -> dict[str, float]:
         """The step's metrics, and its entropy by position in `by_position`; starts anew."""
+        self.by_position = {}
         if not self._active:
             return {}
         assert self._tokens, "a step without a micro-batch"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlvr.errors import ConfigError
 from rlvr_kernels.reference import TokenStats, logit_stats
 
 LOGITS_AT_ONCE = 2**24  # elements of float32: 64 MB for each of the few tensors that the statistics need
@@ -94,3 +95,21 @@ def _evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def require_whole_head(trainer: Any, why: str) -> None:
+    """Refuse models whose distribution `token_moments` would get wrong, or whose head it would wait for.
+
+    why: what asks for the moments.
+    Raises: ConfigError for weights sharded over ranks (ZeRO-3, FSDP), prompt-learning adapters and images.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        raise ConfigError(f"{why} reads the whole language-model head, which FSDP and ZeRO-3 shard: use ZeRO-2 or DDP")
+    if (
+        getattr(trainer.model, "active_peft_config", None) is not None
+        and trainer.model.active_peft_config.is_prompt_learning
+    ):
+        raise ConfigError(f"{why} does not see the virtual tokens of a prompt-learning adapter: use LoRA")
+    if trainer._is_vlm:
+        raise ConfigError(f"{why} takes no images: remove it")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rlvr.controls import Control, decide
@@ -21,6 +21,7 @@ class Lever:
     field: str
     value: float
     direction: int
+    moved: Any  # the control or surrogate
 
 
 class Steering:
@@ -66,35 +67,63 @@ class Steering:
 
     def _move(self, state: ThermostatState) -> float:
         assert self.thermostat is not None
-        lever = find_lever(self.thermostat, tuple(self.controls.values()), self.surrogate)
+        lever = self._lever()
         value = self.thermostat.value(state, lever.direction)
+        moved = replace(lever.moved, **{lever.field: value})
         if lever.owner == "surrogate":
-            self.surrogate = replace(self.surrogate, **{lever.field: value})  # type: ignore[type-var]
+            self.surrogate = moved
         else:
-            moved: Any = self.controls[lever.owner]
-            self.controls[lever.owner] = replace(moved, **{lever.field: value})
+            self.controls[lever.owner] = moved
         return value
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run has changed since it started, as plain JSON."""
+        """What the run has changed since it started, as plain JSON: by itself, or by the thermostat."""
+        lever = "" if self.thermostat is None else self.thermostat.lever
         moved = {
-            name: {key: value for key, value in asdict(control).items() if value != before[key]}  # type: ignore[call-overload]
+            name: {f.name: x for f in fields(control) if (x := getattr(control, f.name)) != getattr(before, f.name)}  # type: ignore[arg-type]
             for name, control in self.controls.items()
-            if control != self._started[name] and (before := asdict(self._started[name]))  # type: ignore[call-overload]
+            if control != (before := self._started[name]) and not lever.startswith(f"{name}.")
         }
-        return {"controls": moved, "thermostat": None if self._state is None else asdict(self._state)}
+        thermostat = None
+        if self.thermostat is not None and self._state is not None:
+            thermostat = {"settings": self._range(), "value": self._lever().value, "state": asdict(self._state)}
+        return {"controls": moved, "thermostat": thermostat}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`. Controls that the run no longer has are skipped; new ones start afresh."""
+        """Go on from `state_dict`. A control or thermostat that was not there, or moved another lever, starts afresh;
+        with another range the lever goes on from its value, as far as the range allows.
+
+        Raises: ConfigError if a control's new settings do not admit the value that it had reached.
+        """
         for name, changes in state.get("controls", {}).items():
             if name in self.controls:
                 control: Any = self.controls[name]
-                self.controls[name] = replace(control, **changes)
-        if self.thermostat is not None and state.get("thermostat"):
-            self._state = ThermostatState(**state["thermostat"])
-            self._move(self._state)
+                try:
+                    self.controls[name] = replace(control, **changes)
+                except ValueError as error:
+                    raise ConfigError(f"controls {name} cannot go on from its checkpoint: {error}") from error
+        saved = state.get("thermostat")
+        if self.thermostat is None or not saved:
+            return
+        if saved["settings"] == self._range():
+            self._state = ThermostatState(**saved["state"])
+        elif saved["settings"]["lever"] == self.thermostat.lever:
+            value = min(max(saved["value"], self.thermostat.lowest), self.thermostat.highest)
+            self._state = self.thermostat.start(value, self._lever().direction)
+        else:
+            return
+        self._move(self._state)
+
+    def _range(self) -> dict[str, Any]:
+        one = self.thermostat
+        assert one is not None
+        return {"lever": one.lever, "lowest": one.lowest, "highest": one.highest, "scale": one.scale}
+
+    def _lever(self) -> Lever:
+        assert self.thermostat is not None
+        return find_lever(self.thermostat, tuple(self.controls.values()), self.surrogate)
 
 
 def coefficients_of(outcomes: Mapping[str, Outcome]) -> dict[str, Coefficients]:
@@ -126,4 +155,4 @@ def find_lever(thermostat: Thermostat, controls: tuple[Control, ...], surrogate:
     value = getattr(owners[owner], field)
     if value is None or isinstance(value, bool):
         raise ConfigError(f"thermostat lever={thermostat.lever} has no value to start from: set it")
-    return Lever(owner, field, float(value), owners[owner].levers[field])
+    return Lever(owner, field, float(value), owners[owner].levers[field], owners[owner])
