@@ -161,3 +161,28 @@ def test_entropy_bonus_raises_entropy(tiny_model_dir: Path, tmp_path: Path) -> N
         one.train()
         entropies.append(one.step_metrics["entropy/mean"])
     assert entropies[1] > entropies[0]
+
+
+def test_entropy_of_the_rollout_costs_no_pass_of_its_own(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Where the log-probs are recomputed anyway; and it is the entropy of the policy that made the rollout."""
+    passes = {}
+    for name in ("kl_cov", "high_entropy"):
+        one = trainer(
+            tiny_model_dir,
+            tmp_path / name,
+            per_device_train_batch_size=16,
+            num_iterations=2,
+            controls=[name],
+            max_steps=2,
+        )
+        calls: list[bool] = []
+        forward = one._get_per_token_logps_and_entropies
+
+        def counted(*args: Any, forward: Any = forward, calls: list[bool] = calls, **kwargs: Any) -> Any:
+            calls.append(True)
+            return forward(*args, **kwargs)
+
+        one._get_per_token_logps_and_entropies = counted
+        one.train()
+        passes[name] = len(calls)
+    assert passes["high_entropy"] == passes["kl_cov"] == 3  # once for the rollout, once for each update

@@ -35,6 +35,7 @@ class ControlledTrainer(HeldOutTrainer):
     _rollout_step: int  # optimizer steps before this rollout
     _rollout_number: int
     _parity_checked: bool
+    _old_entropy: Tensor | None  # (B, T) of the rollout, by the pass that recomputes its log-probs
     _z_loss: RouterZLoss | None
     probe: EntropyProbe
     diagnostics: TokenDiagnostics
@@ -50,10 +51,12 @@ class ControlledTrainer(HeldOutTrainer):
             moments = self.moments(batch, ("logps", "entropy", "sum_p2", "sum_p2_logp"))
             entropy, discriminator = moments["entropy"], mean_discriminator(moments)
             old = moments["logps"] if old is None else old
-        elif old is None or "entropy" in needs:
+        elif old is not None:
+            entropy = self._old_entropy
+        else:
             arguments = bridge.forward_arguments(batch)
             old, entropy, _ = self._get_per_token_logps_and_entropies(
-                self.model, **arguments, batch_size=self.args.per_device_train_batch_size, compute_entropy=True
+                self.model, **arguments, batch_size=self.args.per_device_train_batch_size
             )
         tokens = self._tokens(batch, old, old, entropy, discriminator)
         if self.use_vllm and not self._parity_checked:
@@ -115,19 +118,27 @@ class ControlledTrainer(HeldOutTrainer):
         batch_size: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's forward, or the one that computes a prompt once for all its completions."""
-        if not self.args.share_prompts:
-            return super()._get_per_token_logps_and_entropies(
+        """TRL's forward, or the one that computes a prompt once for all its completions.
+
+        The head has the entropy anyway; that of a rollout's first pass, of the policy that made it, is kept.
+        """
+        aux_loss = None
+        if self.args.share_prompts:
+            with self.accelerator.autocast():
+                logps, entropy = token_statistics(model, input_ids, attention_mask, logits_to_keep, batch_size)
+        else:
+            options["compute_entropy"] = model is not self.ref_model
+            logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options
             )
-        with self.accelerator.autocast():
-            logps, entropy = token_statistics(model, input_ids, attention_mask, logits_to_keep, batch_size)
-        return logps, entropy, None
+        if self._old_entropy is None and not torch.is_grad_enabled():
+            self._old_entropy = entropy
+        return logps, entropy, aux_loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         arguments = bridge.forward_arguments(inputs)
         logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model, **arguments, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+            model, **arguments, compute_aux_loss=self.aux_loss_enabled
         )
         discriminator = None
         if "mean_discriminator" in self.steering.needs("micro_batch"):

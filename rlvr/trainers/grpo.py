@@ -77,6 +77,7 @@ class GRPOTrainer(ControlledTrainer):
         self._rollout_step = self._rollout_number = -1
         self._parity_checked = False
         self._rewards: Tensor | None = None
+        self._old_entropy = None
         self._grad_norm = float("nan")
         policy = self.accelerator.unwrap_model(self.model)
         self._z_loss = RouterZLoss(policy, args.router_z_loss_coef) if args.router_z_loss_coef else None
@@ -112,6 +113,7 @@ class GRPOTrainer(ControlledTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.clock.phase("old_logps"):  # what remains when generation and rewards are taken out
+            self._old_entropy = None
             batch = super()._generate_and_score_completions(inputs)
             self._rollout_step = self.state.global_step
             self._rollout_number = self._step // (self.args.steps_per_generation * self.num_iterations)
