@@ -1,6 +1,7 @@
 """The `rlvr` command: choose a checkpoint to start from; look at a run without a GPU, a network or an account."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,9 +14,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
         print(f"rlvr: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `rlvr metrics | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

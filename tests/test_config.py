@@ -105,9 +105,9 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "surrogate value": ({"surrogate": {"name": "ppo_clip", "low": -1.0}}, ("surrogate ppo_clip", "low=-1.0", ">= 0")),
     "surrogate and epsilon_high": (
         {"surrogate": "ppo_clip", "epsilon_high": 0.28},
-        ("epsilon_high=0.28", "surrogate=ppo_clip", "twice", "high: 0.28"),
+        ("epsilon_high=0.28", "surrogate=ppo_clip", "has no effect", "high: 0.28"),
     ),
-    "surrogate and delta": ({"surrogate": "ppo_clip", "delta": 3.0}, ("delta=3.0", "surrogate=ppo_clip", "twice")),
+    "surrogate and delta": ({"surrogate": "ppo_clip", "delta": 3.0}, ("delta=3.0", "surrogate=ppo_clip", "has no effect")),
     "surrogate and loss_type": (
         {"surrogate": "ppo_clip", "loss_type": "cispo"},
         ("loss_type=cispo", "surrogate=ppo_clip", "loss_type: dapo"),
@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"surrogate": {"name": "sapo", "tau_neg": 0}},
         ("surrogate sapo", "tau_neg=0", "positive"),
     ),
-    "sapo and epsilon": ({"surrogate": "sapo", "epsilon": 0.1}, ("epsilon=0.1", "surrogate=sapo", "twice")),
+    "sapo and epsilon": ({"surrogate": "sapo", "epsilon": 0.1}, ("epsilon=0.1", "surrogate=sapo", "has no effect")),
     "sequence level over tokens": (
         {"importance_sampling_level": "sequence", "loss_type": "bnpo"},
         ("loss_type=bnpo", "loss_type: grpo"),

@@ -47,6 +47,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"controls": ["icepop"], "use_vllm": True, "vllm_importance_sampling_clip_max": 2.0},
         "vllm_importance_sampling_clip_max=2.0 and controls icepop would correct twice",
     ),
+    "two weights": ({"controls": ["tis", "icepop"], "use_vllm": True}, "controls tis and controls icepop each weigh"),
+    "two bonuses": ({"controls": ["adaptive_entropy", "entropy_bonus"]}, "would add two bonuses"),
     "two denominators": ({"controls": [BUDGET], "loss_type": "grpo"}, "loss_type=grpo and controls token_budget"),
     "budget too large": (
         {"controls": [{**BUDGET, "tokens": 129}]},

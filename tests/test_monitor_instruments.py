@@ -140,8 +140,9 @@ def test_thermostat_of_a_resumed_run_is_the_last_one(tmp_path):
     write(tmp_path, held([0.0]), {"thermostat": THERMOSTAT})
     changed = THERMOSTAT | {"high": 0.9}
     Recorder.resume(tmp_path, 1, {"thermostat": changed})
-    Recorder.resume(tmp_path, 1, {"thermostat": THERMOSTAT})  # equal to the start of the run: no change is written
     assert thermostat_of(read_run(tmp_path)).high == 0.9
+    Recorder.resume(tmp_path, 1, {"thermostat": THERMOSTAT})  # as at the start of the run: no change is written
+    assert thermostat_of(read_run(tmp_path)).high == THERMOSTAT["high"]
 
 
 @pytest.mark.parametrize("spec", [None, "none", "{", {"lever": "x"}, {"speed": 1}])

@@ -152,10 +152,12 @@ def test_state_of_another_lever_or_range_is_not_mistaken_for_ours() -> None:
     narrower.load_state_dict(one.state_dict())
     assert narrower.controls["kl_cov"].coef == 2.0  # type: ignore[attr-defined]
     other = Steering((KlCov(), EntropyBonus()), PpoClip(), replace(BAND, lever="entropy_bonus.coef", highest=1.0))
-    other.load_state_dict(one.state_dict())
+    with pytest.warns(UserWarning, match=r"moved kl_cov\.coef, which starts afresh"):
+        other.load_state_dict(one.state_dict())
     assert other.controls == {"kl_cov": KlCov(), "entropy_bonus": EntropyBonus()}
     without = Steering((KlCov(coef=0.5),), PpoClip())
-    without.load_state_dict(one.state_dict())
+    with pytest.warns(UserWarning, match="nothing moves it now"):
+        without.load_state_dict(one.state_dict())
     assert without.controls["kl_cov"] == KlCov(coef=0.5)
 
 

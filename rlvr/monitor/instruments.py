@@ -75,7 +75,7 @@ def law_found(steps: Sequence[dict[str, Any]]) -> LawFit | None:
 def thermostat_of(run: Mapping[str, Any]) -> Thermostat | None:
     """The settings of the run's thermostat, those of its last resumption; None if there are none, or no valid ones."""
     spec = run.get("config", {}).get("thermostat")
-    for resumption in run.get("resumed", ()):
+    for resumption in run.get("resumed", ())[-1:]:  # each tells what differs from the run's first configuration
         spec = resumption.get("changed_config", {}).get("thermostat", spec)
     try:
         return Thermostat(**(json.loads(spec) if isinstance(spec, str) else spec))

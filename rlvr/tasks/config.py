@@ -112,7 +112,9 @@ class TaskConfig:
 
     def _parsed_stages(self) -> tuple[Stage, ...]:
         if self.task:
-            raise ConfigError(f"task={self.task!r} and stages both say what is trained on: remove one")
+            raise ConfigError(
+                f"task={self.task!r} and stages both say what is trained on: remove one (as a flag: --task '')"
+            )
         defaults = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stages"}
         return parse_stages(self.stages, Entries(TaskConfig, defaults))
 

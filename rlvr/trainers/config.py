@@ -61,8 +61,8 @@ class GRPOConfig(trl.GRPOConfig):
     thermostat: str | None = field(
         default=None,
         metadata={
-            "help": "Hold entropy in a band by moving a control's hyper-parameter, such as {lever: kl_cov.coef, "
-            "low: 0.3, high: 0.5, lowest: 0.0, highest: 10.0}; JSON on the CLI."
+            "help": "Hold entropy in a band by moving a control's hyper-parameter: {lever: entropy_bonus.coef, "
+            "low: 0.3, high: 0.5, lowest: 0.0, highest: 0.02}; JSON on the CLI."
         },
     )
     advantage_estimator: str = field(

@@ -45,6 +45,8 @@ def check_controls(args: "GRPOConfig") -> None:
     controls = {control.name: control for control in args.control_list}
     if "adaptive_entropy" in controls and args.thermostat_config is not None:
         raise ConfigError("controls adaptive_entropy and thermostat both steer entropy: use one of them")
+    if {"adaptive_entropy", "entropy_bonus"} <= controls.keys():
+        raise ConfigError("controls adaptive_entropy and entropy_bonus would add two bonuses: keep one")
     if "token_budget" in controls and args.loss_type != "dapo":
         raise ConfigError(
             f"loss_type={args.loss_type} and controls token_budget both choose the denominator: use loss_type: dapo"
@@ -65,6 +67,10 @@ def check_controls(args: "GRPOConfig") -> None:
     corrections = [f"controls {name}" for name, control in controls.items() if isinstance(control, EngineCorrection)]
     if getattr(args.surrogate_fn, "anchor", "old") == "rollout":
         corrections.append("surrogate anchor=rollout")
+    if len(corrections) > 1:
+        raise ConfigError(
+            f"{' and '.join(corrections)} each weigh by the engine's ratio, which would multiply: keep one"
+        )
     if corrections:
         _replace_engine_correction(args, corrections[0])
 

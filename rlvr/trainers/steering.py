@@ -105,6 +105,11 @@ class Steering:
                 except ValueError as error:
                     raise ConfigError(f"controls {name} cannot go on from its checkpoint: {error}") from error
         saved = state.get("thermostat")
+        lever = saved["settings"]["lever"] if saved else None
+        if lever is not None and (self.thermostat is None or self.thermostat.lever != lever):
+            warnings.warn(
+                f"the checkpoint's thermostat moved {lever}, which starts afresh: nothing moves it now", stacklevel=2
+            )
         if self.thermostat is None or not saved:
             return
         if saved["settings"] == self._range():

@@ -32,8 +32,8 @@ def choose_surrogate(args: "GRPOConfig") -> Surrogate:
         for said in SURROGATE_FIELDS:
             if getattr(args, said) != trl_default(said):
                 raise ConfigError(
-                    f"{said}={getattr(args, said)} and surrogate={name} say the same thing twice: put the bounds "
-                    "into the surrogate, e.g. surrogate: {name: ppo_clip, low: 0.2, high: 0.28}"
+                    f"{said}={getattr(args, said)} has no effect beside surrogate={name}: put the bounds into "
+                    "the surrogate, e.g. surrogate: {name: ppo_clip, low: 0.2, high: 0.28}"
                 )
         if args.loss_type == "cispo" and name != "cispo":
             raise ConfigError(f"loss_type=cispo and surrogate={name} name two surrogates: use loss_type: dapo")

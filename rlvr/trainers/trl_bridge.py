@@ -1,4 +1,4 @@
-"""The only place that knows TRL's names: keys of its batch dicts, arguments of its forward, keys of its metrics."""
+"""Where TRL's names become ours: keys of its batch dicts, arguments of its forward, keys of its metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
