@@ -107,7 +107,10 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"surrogate": "ppo_clip", "epsilon_high": 0.28},
         ("epsilon_high=0.28", "surrogate=ppo_clip", "has no effect", "high: 0.28"),
     ),
-    "surrogate and delta": ({"surrogate": "ppo_clip", "delta": 3.0}, ("delta=3.0", "surrogate=ppo_clip", "has no effect")),
+    "surrogate and delta": (
+        {"surrogate": "ppo_clip", "delta": 3.0},
+        ("delta=3.0", "surrogate=ppo_clip", "has no effect"),
+    ),
     "surrogate and loss_type": (
         {"surrogate": "ppo_clip", "loss_type": "cispo"},
         ("loss_type=cispo", "surrogate=ppo_clip", "loss_type: dapo"),
