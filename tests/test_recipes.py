@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from recipe_run import parse, small_config, train
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 import rlvr
 from rlvr.controls import CONTROLS, KlCov
@@ -91,33 +91,6 @@ def test_any_field_is_a_flag() -> None:
     _, args, _ = parse(RECIPES["kl_cov"], *flags)
     assert args.learning_rate == 3e-6
     assert args.control_list == (KlCov(fraction=0.01),)
-
-
-@pytest.fixture(scope="module")
-def tiny_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a two-layer mixture of experts with the tokenizer of `tiny_model_dir`."""
-    path = tmp_path_factory.mktemp("tiny-moe")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Qwen3MoeForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def check_trained(args: rlvr.GRPOConfig, result: dict[str, Any]) -> None:

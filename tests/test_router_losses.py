@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, Qwen3MoeForCausalLM
 
 import rlvr
 from rlvr.errors import ConfigError
@@ -29,24 +29,8 @@ def count_digits(completions: list[str], **_: object) -> list[float]:
     return [float(len(text) % 3) for text in completions]
 
 
-def train(tiny_model_dir: Path, out: Path, coef: float) -> rlvr.GRPOTrainer:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+def train(tiny_moe_dir: Path, out: Path, coef: float) -> rlvr.GRPOTrainer:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_moe_dir, padding_side="left")
     args = rlvr.GRPOConfig(
         output_dir=str(out),
         per_device_train_batch_size=4,
@@ -67,13 +51,14 @@ def train(tiny_model_dir: Path, out: Path, coef: float) -> rlvr.GRPOTrainer:
         disable_tqdm=True,
     )
     rows = Dataset.from_list([{"prompt": "1" * i} for i in range(1, 9)])  # padded
-    one = rlvr.GRPOTrainer(Qwen3MoeForCausalLM(config), count_digits, args, rows, processing_class=tokenizer)
+    model = Qwen3MoeForCausalLM.from_pretrained(tiny_moe_dir)
+    one = rlvr.GRPOTrainer(model, count_digits, args, rows, processing_class=tokenizer)
     one.train()
     return one
 
 
-def test_z_loss_reaches_the_routers_of_a_mixture_of_experts(tiny_model_dir: Path, tmp_path: Path) -> None:
-    plain, pulled = (train(tiny_model_dir, tmp_path / str(coef), coef) for coef in (0.0, 0.5))
+def test_z_loss_reaches_the_routers_of_a_mixture_of_experts(tiny_moe_dir: Path, tmp_path: Path) -> None:
+    plain, pulled = (train(tiny_moe_dir, tmp_path / str(coef), coef) for coef in (0.0, 0.5))
     assert "policy/router_z_loss" not in plain.step_metrics
     history = [entry["policy/router_z_loss"] for entry in pulled.state.log_history if "policy/router_z_loss" in entry]
     assert len(history) == 2 and history[1] < history[0]

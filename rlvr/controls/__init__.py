@@ -37,7 +37,20 @@ CONTROLS: Mapping[str, Any] = {
     "token_budget": TokenBudget,
 }
 
-__all__ = ["CONTROLS", "ClipCov", "Control", "KlCov", "Outcome", "Scope", "apply", "build", "build_controls", "decide"]
+__all__ = [
+    "CONTROLS",
+    "ClipCov",
+    "Control",
+    "KlCov",
+    "Outcome",
+    "Scope",
+    "apply",
+    "build",
+    "build_controls",
+    "construct",
+    "decide",
+    "paper_surrogate",
+]
 
 
 def build(field: str, table: Mapping[str, Any], spec: str | Mapping[str, Any]) -> Any:
@@ -96,6 +109,14 @@ def build_controls(specs: Sequence[str | Mapping[str, Any]]) -> tuple[Control, .
         if names.count(name) > 1:
             raise ConfigError(f"controls names {name} {names.count(name)} times: list it once")
     return controls
+
+
+def paper_surrogate(controls: Iterable[Control]) -> str | None:
+    """The surrogate that the controls' papers use, where it is not the PPO clip. Raises ConfigError if they differ."""
+    wanted = {control.name: control.surrogate for control in controls if control.surrogate is not None}
+    if len(set(wanted.values())) > 1:
+        raise ConfigError(f"controls {', '.join(wanted)} come with different surrogates: set `surrogate` yourself")
+    return next(iter(wanted.values()), None)
 
 
 @torch.no_grad()

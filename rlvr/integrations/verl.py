@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlvr.controls import CONTROLS, Control, apply, build, build_controls
+from rlvr.controls import CONTROLS, Control, apply, build, build_controls, paper_surrogate
 from rlvr.controls.entropy import EntropyBonus
 from rlvr.errors import ConfigError, unknown
 from rlvr.objective import token_losses
@@ -86,10 +86,8 @@ def objective(surrogate: Spec | None, controls: Sequence[Spec]) -> Objective:
                 f"controls {spec.get('name')}: scope={spec['scope']!r} needs more than verl's loss sees: leave it out"
             )
     chosen = tuple(in_micro_batch(control) for control in build_controls(controls))
-    papers = sorted({control.surrogate for control in chosen if control.surrogate is not None})
-    if surrogate is None and len(papers) > 1:
-        raise ConfigError(f"policy_loss.controls come with surrogates {', '.join(papers)}: set `surrogate` yourself")
-    built = build("surrogate", SURROGATES, (papers or ["ppo_clip"])[0] if surrogate is None else surrogate)
+    spec = paper_surrogate(chosen) or "ppo_clip" if surrogate is None else surrogate
+    built = build("surrogate", SURROGATES, spec)
     if getattr(built, "anchor", "old") == "rollout":
         raise ConfigError(f"surrogate anchor='rollout' needs tokens.rollout_logps: {NOT_IN_VERL['rollout_logps']}")
     return Objective(built, chosen)

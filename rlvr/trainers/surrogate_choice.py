@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import trl
 
-from rlvr.controls import build
+from rlvr.controls import build, paper_surrogate
 from rlvr.errors import ConfigError
 from rlvr.surrogates import SURROGATES, Cispo, Gmpo, Gspo, PpoClip, Surrogate
 
@@ -23,7 +23,7 @@ def choose_surrogate(args: "GRPOConfig") -> Surrogate:
 
     Raises: ConfigError where two of them speak, or where one of them would have no effect.
     """
-    spec = parse("surrogate", args.surrogate) if args.surrogate is not None else _of_controls(args)
+    spec = parse("surrogate", args.surrogate) if args.surrogate is not None else paper_surrogate(args.control_list)
     if spec is None:
         surrogate = _of_trl(args)
     else:
@@ -42,13 +42,6 @@ def choose_surrogate(args: "GRPOConfig") -> Surrogate:
             f"loss_type={args.loss_type} would weight a sequence's ratio by its length: use loss_type: grpo"
         )
     return surrogate
-
-
-def _of_controls(args: "GRPOConfig") -> str | None:
-    wanted = {c.name: c.surrogate for c in args.control_list if c.surrogate is not None}
-    if len(set(wanted.values())) > 1:
-        raise ConfigError(f"controls {', '.join(wanted)} come with different surrogates: set `surrogate` yourself")
-    return next(iter(wanted.values()), None)
 
 
 def _of_trl(args: "GRPOConfig") -> Surrogate:
