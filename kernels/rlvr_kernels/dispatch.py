@@ -1,0 +1,61 @@
+"""Which backend computes a head, and why not a faster one."""
+
+import os
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlvr_kernels import chunked
+from rlvr_kernels.backend import Backend
+
+BACKENDS = ("auto", "chunked", "triton", "triton_fused")
+HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Choice(NamedTuple):
+    """name: of the backend.   why: it and not a faster one, for people to read."""
+
+    name: str
+    why: str
+
+
+def choose_backend(hidden: Tensor, weight: Tensor) -> Choice:
+    """What backend="auto" takes for these tensors."""
+    refusal = triton_refusal(hidden, weight)
+    if refusal is not None:
+        return Choice("chunked", refusal)
+    if hidden.device.type == "cpu":
+        return Choice("chunked", "on a CPU Triton runs in its interpreter, which is for tests")
+    return Choice("triton", "Triton kernels around the GPU library's matrix products")
+
+
+def triton_refusal(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why the Triton backends cannot run on these tensors, None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if hidden.device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "the tensors are on a CPU"
+    if hidden.device.type != "cuda":
+        return f"the kernels are for CUDA, the tensors are on {hidden.device.type}"
+    for name, x in {"hidden": hidden, "weight": weight}.items():
+        if x.dtype not in HALF_OR_FLOAT:
+            return f"{name} is {x.dtype}; the kernels compute in float32"
+    return None
+
+
+def backend_named(name: str, hidden: Tensor, weight: Tensor) -> Backend:
+    """The backend, or the one that "auto" stands for. Raises: ValueError if it is unknown or cannot run here."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is not known; choose from {', '.join(BACKENDS)}")
+    if name == "auto":
+        name = choose_backend(hidden, weight).name
+    if name == "chunked":
+        return chunked.BACKEND
+    refusal = triton_refusal(hidden, weight)
+    if refusal is not None:
+        raise ValueError(f"backend={name!r} cannot run here: {refusal}; use 'auto' or 'chunked'")
+    from rlvr_kernels import triton_backend
+
+    return triton_backend.FUSED if name == "triton_fused" else triton_backend.BACKEND
