@@ -64,6 +64,25 @@ def token_losses(
     return loss
 
 
+def idle_sequences(advantages: Tensor, coefficients: Coefficients, sequence: Tensor, num_sequences: int) -> Tensor:
+    """Which sequences [num_sequences] have no gradient at all, whatever their log-probs are.
+
+    Under a surrogate that does not penalize, a sequence whose tokens have neither an advantage nor a coefficient of
+    a penalty adds exactly nothing: a group of equal rewards, or one that an engine correction takes out.
+    advantages, sequence: [N], of the tokens as in Tokens.
+    """
+    c = coefficients
+    pushed = (advantages if c.advantage is None else advantages + c.advantage) != 0
+    if c.weight is not None:
+        pushed = pushed & (c.weight != 0)
+    for penalty in (c.drift, c.entropy, c.reference):
+        if penalty is not None:
+            pushed = pushed | (penalty != 0)
+    if c.keep is not None:
+        pushed = pushed & c.keep
+    return torch.ones(num_sequences, dtype=torch.bool, device=sequence.device).index_fill(0, sequence[pushed], False)
+
+
 def reference_kl(tokens: Tokens) -> Tensor:
     """KL(pi || pi_ref) per token [N], the k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi.
 

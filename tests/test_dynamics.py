@@ -13,7 +13,8 @@ from rlvr.monitor.records import read_steps
 from rlvr.theory import discriminator, entropy
 from rlvr.theory import mean_discriminator as exact_mean_discriminator
 from rlvr.trainers.dynamics import squared_discriminator
-from rlvr.trainers.moments import mean_discriminator, token_moments
+from rlvr.trainers.forward import completion_statistics, mean_discriminator
+from rlvr.trainers.head import add_token_stats
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -26,7 +27,8 @@ def test_moments_equal_those_of_the_logits(temperature: float, tiny_model_dir: P
     ids = torch.cat([batch["input_ids"], completion], dim=1)
     attention = torch.cat([batch["attention_mask"], mask], dim=1)
     want = ("logps", "entropy", "sum_p2", "sum_p2_logp", "sum_p2_logp2")
-    found = token_moments(model, ids, attention, 5, temperature=temperature, batch_size=2, want=want)
+    add_token_stats(model, temperature=temperature)
+    found, _ = completion_statistics(model, ids, attention, mask.bool(), want, batch_size=2)
     logits = model(ids, attention_mask=attention).logits[:, -6:-1].double() / temperature
     expected = {
         "entropy": entropy(logits),
@@ -51,6 +53,7 @@ def run(model_dir: Path, out: Path, **settings: Any) -> list[dict[str, float]]:
         per_device_train_batch_size=16,
         num_iterations=2,
         probe_sequences=16,
+        skip_idle_sequences=False,  # every sequence measured anew in every update
         save_strategy="no",
         **settings,
     )

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from rlvr.errors import ConfigError
-from rlvr.trainers.shared_prompts import pack, require_full_attention, token_statistics
+from rlvr.trainers.forward import completion_statistics
+from rlvr.trainers.head import add_token_stats
+from rlvr.trainers.shared_prompts import pack, require_full_attention
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [42]]
 
@@ -30,8 +31,10 @@ def test_pack_holds_each_prompt_once() -> None:
     ids, mask, length = batch()
     packed = pack(ids, mask, length)
     assert packed.input_ids.size(0) == 3
-    real = packed.labels[packed.labels != -100]
-    assert sorted(real.tolist()) == sorted(ids[:, -length:][mask[:, -length:].bool()].tolist())
+    place = packed.place[mask[:, -length:].bool()]
+    assert len(place) == len(place.unique())  # each token of a completion is predicted in a place of its own
+    inputs = packed.input_ids[packed.position_ids.gt(0) | packed.input_ids.gt(0)]
+    assert len(inputs) == sum(len(prompt) - 1 for prompt in PROMPTS) + len(place)
 
 
 def test_shared_prompts_give_the_same_statistics_and_gradients(tiny_model_dir: Path) -> None:
@@ -40,21 +43,14 @@ def test_shared_prompts_give_the_same_statistics_and_gradients(tiny_model_dir: P
     results = []
     for shared in (False, True):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64)
-        add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
-        if shared:
-            logps, entropy = token_statistics(model, ids, mask, length)
-        else:
-            labels = ids.masked_fill(mask == 0, -100)
-            labels[:, :-length] = -100
-            outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-            logps, entropy = outputs.log_probs[:, -length:], outputs.entropy[:, -length:]
-        assert entropy is not None
-        weights = torch.linspace(-1, 1, int(valid.sum()), dtype=torch.float32)
-        ((logps[valid] + 0.3 * entropy[valid]) * weights).sum().backward()
+        add_token_stats(model, temperature=0.7)
+        found, _ = completion_statistics(model, ids, mask, valid, ("logps", "entropy"), share_prompts=shared)
+        weights = torch.linspace(-1, 1, int(valid.sum()), dtype=torch.float64)
+        ((found["logps"][valid] + 0.3 * found["entropy"][valid]) * weights).sum().backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        results.append((logps[valid].detach(), entropy[valid].detach(), grads))
+        results.append((found["logps"][valid].detach(), found["entropy"][valid].detach(), grads))
     for plain, packed in zip(*results, strict=True):
-        torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)  # the fused head accumulates in float32
+        torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)  # rotary angles are float32
     assert results[0][0].std() > 0.1
 
 

@@ -176,13 +176,13 @@ def test_entropy_of_the_rollout_costs_no_pass_of_its_own(tiny_model_dir: Path, t
             max_steps=2,
         )
         calls: list[bool] = []
-        forward = one._get_per_token_logps_and_entropies
+        forward = one._pass
 
         def counted(*args: Any, forward: Any = forward, calls: list[bool] = calls, **kwargs: Any) -> Any:
             calls.append(True)
             return forward(*args, **kwargs)
 
-        one._get_per_token_logps_and_entropies = counted
+        one._pass = counted
         one.train()
         passes[name] = len(calls)
     assert passes["high_entropy"] == passes["kl_cov"] == 3  # once for the rollout, once for each update

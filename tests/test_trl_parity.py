@@ -1,4 +1,6 @@
-"""With no controls, training is stock TRL's: the same weights after several optimizer steps, bit for bit."""
+"""With no controls, training is stock TRL's: the same weights after several optimizer steps. With TRL's head bit for
+bit; with ours, whose rounding differs, to a small part of the way that they moved.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -48,21 +50,28 @@ def train(trainer_class: Any, config_class: Any, model_dir: str, out: Path, **se
     }
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
-@pytest.mark.parametrize(
+LOSS_TYPES = pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
+SETTINGS = pytest.mark.parametrize(
     "settings", [MULTI_PASS, ACCUMULATED, SPLIT_ROLLOUT], ids=["multi_pass", "accumulated", "split_rollout"]
 )
+
+
+@LOSS_TYPES
+@SETTINGS
 def test_weights_equal_stock_trl(
     loss_type: str, settings: dict[str, Any], tiny_model_dir: str, tmp_path: Path
 ) -> None:
     settings = {**settings, "loss_type": loss_type, **({"epsilon_high": 5.0} if loss_type == "cispo" else {})}
     stock = train(trl.GRPOTrainer, trl.GRPOConfig, tiny_model_dir, tmp_path / "stock", **settings)
+    exact = train(rlvr.GRPOTrainer, rlvr.GRPOConfig, tiny_model_dir, tmp_path / "exact", use_trl_head=True, **settings)
     ours = train(rlvr.GRPOTrainer, rlvr.GRPOConfig, tiny_model_dir, tmp_path / "ours", **settings)
     start = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    moved = torch.cat([p.detach().flatten() for p in start.parameters()]) - ours["weights"]
+    moved = torch.cat([p.detach().flatten() for p in start.parameters()]) - stock["weights"]
     assert moved.abs().max() > 1e-4  # they did train
-    assert torch.equal(stock["weights"], ours["weights"])
-    for theirs, mine in zip(stock["log"], ours["log"], strict=True):
-        if settings.get("gradient_accumulation_steps", 1) == 1:  # TRL averages the means of micro-batches
-            assert mine["entropy/mean"] == pytest.approx(theirs["entropy"], rel=1e-5)
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-7)
+    assert torch.equal(stock["weights"], exact["weights"])
+    assert (ours["weights"] - stock["weights"]).norm() < 1e-3 * moved.norm()
+    for run, tolerance in ((exact, 1e-7), (ours, 1e-5)):
+        for theirs, mine in zip(stock["log"], run["log"], strict=True):
+            if settings.get("gradient_accumulation_steps", 1) == 1:  # TRL averages the means of micro-batches
+                assert mine["entropy/mean"] == pytest.approx(theirs["entropy"], rel=1e-5)
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=tolerance)

@@ -35,6 +35,10 @@ _ROWS: dict[str, Metric] = {
     "policy/reference_kl": Metric("nats", "KL from the reference policy, k3 estimate, token mean"),
     "policy/router_aux_loss": Metric("1", "load-balancing loss of a mixture-of-experts model, before its coefficient"),
     "policy/router_z_loss": Metric("1", "z-loss of the expert routers, before its coefficient"),
+    "policy/skipped": Metric(
+        "fraction",
+        "sequences without any gradient, not trained on; in all metrics they count as the rollout's own pass saw them",
+    ),
     "policy/tokens": Metric("tokens", "tokens trained on: the denominator of the token means"),
     "policy/weight": Metric("1", "mean weight on the surrogate, from controls and the engine correction", "near 1"),
     # entropy

@@ -62,6 +62,10 @@ class Clipped(NamedTuple):
 
 
 class Surrogate(Protocol):
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token without advantage has a gradient, too."""
+
     def ratio(self, tokens: Tokens) -> Tensor:
         """The importance ratio that the surrogate uses, of tokens or of their sequences, [N]."""
 
@@ -72,7 +76,18 @@ class Surrogate(Protocol):
         """Where the surrogate's bound is active."""
 
 
-class TokenRatio:
+class Proportional:
+    """Surrogates whose loss is a multiple of the advantage."""
+
+    __slots__ = ()
+
+    @property
+    def penalizes(self) -> bool:
+        """A token without advantage has no gradient."""
+        return False
+
+
+class TokenRatio(Proportional):
     """Surrogates of the token-level ratio."""
 
     __slots__ = ()

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlvr.surrogates.base import Clipped, TokenRatio, bounded_exp, check_region, log_ratio
+from rlvr.surrogates.base import Clipped, Proportional, TokenRatio, bounded_exp, check_region, log_ratio
 from rlvr.surrogates.per_token import PpoClip
 from rlvr.types import Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gspo:
+class Gspo(Proportional):
     """PPO clip of the sequence's geometric-mean ratio s = exp(mean_t log r_t), the same for all its tokens.
 
     low, high: the trust region of s.   Meant for sequence-mean aggregation, in which each token's gradient is s A /

@@ -162,6 +162,11 @@ class Dppo:
         if self.anchor not in ("old", "rollout"):
             raise ValueError(f"anchor={self.anchor!r}: must be old or rollout")
 
+    @property
+    def penalizes(self) -> bool:
+        """The squared log-ratio does, whatever the advantage."""
+        return self.kl_coef > 0
+
     def ratio(self, tokens: Tokens) -> Tensor:
         """pi / pi_anchor [N]; the log-ratio is clamped to +-20 before exp."""
         return bounded_exp(log_ratio(self._anchored(tokens)))

@@ -116,6 +116,20 @@ class GRPOConfig(trl.GRPOConfig):
             "beside their prompt; needs sdpa attention. Log-probs agree with the plain forward up to rounding."
         },
     )
+    skip_idle_sequences: bool = field(
+        default=True,
+        metadata={
+            "help": "Do not train on sequences without any gradient, such as all-correct or all-wrong groups. They "
+            "are measured by the pass that recomputes the rollout's log-probs, or else by one without gradient."
+        },
+    )
+    use_trl_head: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute log-probs and entropy with TRL's head instead of rlvr_kernels: slower, without moments, "
+            "but without controls every weight is stock TRL's, bit for bit."
+        },
+    )
     vllm_dtype: str | None = field(
         default=None,
         metadata={"help": "dtype of the in-process CPU engine: float32 or bfloat16. Default: the model's."},
@@ -175,6 +189,8 @@ class GRPOConfig(trl.GRPOConfig):
             raise ConfigError(
                 "use_liger_kernel=True is refused: it replaces the forward that measures entropy; unset it"
             )
+        if self.use_trl_head and self.share_prompts:
+            raise ConfigError("share_prompts=True needs the statistics of rlvr_kernels: set use_trl_head: false")
         if self.advantage_estimator not in ("group_relative", "leave_one_out"):
             raise ConfigError(
                 f"advantage_estimator={self.advantage_estimator!r}: must be group_relative or leave_one_out"

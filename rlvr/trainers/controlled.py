@@ -1,6 +1,6 @@
 """The controlled objective on TRL's batches: where coefficients are decided, and the loss that they enter."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,29 +14,24 @@ from rlvr.trainers.config import GRPOConfig
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import engine_tolerance
-from rlvr.trainers.heldout import HeldOutTrainer
+from rlvr.trainers.forward import Statistics, mean_discriminator
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics, step_means
-from rlvr.trainers.moments import mean_discriminator, token_moments
-from rlvr.trainers.router import RouterZLoss
-from rlvr.trainers.shared_prompts import token_statistics
-from rlvr.trainers.steering import Steering, coefficients_of, combined, metrics_of
+from rlvr.trainers.measuring import MeasuringTrainer
+from rlvr.trainers.steering import coefficients_of, combined, metrics_of
 from rlvr.types import Coefficients, LocalReduce, Mean, Tokens
 
 
-class ControlledTrainer(HeldOutTrainer):
+class ControlledTrainer(MeasuringTrainer):
     """TRL's trainer with our loss. Rollout-scope coefficients are computed once per generation batch over all ranks
     and ride along in it, so the loss does not depend on how it is cut into micro-batches.
     """
 
     args: GRPOConfig
-    steering: Steering
     meter: StepMeter
     reduce: AcceleratorReduce
     _rollout_step: int  # optimizer steps before this rollout
     _rollout_number: int
     _parity_checked: bool
-    _old_entropy: Tensor | None  # (B, T) of the rollout, by the pass that recomputes its log-probs
-    _z_loss: RouterZLoss | None
     probe: EntropyProbe
     diagnostics: TokenDiagnostics
 
@@ -45,19 +40,14 @@ class ControlledTrainer(HeldOutTrainer):
     @torch.no_grad()
     def _apply_rollout_controls(self, batch: dict[str, Any]) -> None:
         """Coefficients of the whole rollout, from the statistics of the policy that made it."""
-        needs = self.steering.needs("rollout")
-        old, entropy, discriminator = batch.get("old_per_token_logps"), None, None
-        if "mean_discriminator" in needs:
-            moments = self.moments(batch, ("logps", "entropy", "sum_p2", "sum_p2_logp"))
-            entropy, discriminator = moments["entropy"], mean_discriminator(moments)
-            old = moments["logps"] if old is None else old
-        elif old is not None:
-            entropy = self._old_entropy
-        else:
+        if self._measured is None:
             arguments = bridge.forward_arguments(batch)
-            old, entropy, _ = self._get_per_token_logps_and_entropies(
+            self._get_per_token_logps_and_entropies(
                 self.model, **arguments, batch_size=self.args.per_device_train_batch_size
             )
+        measured = self._measured
+        assert measured is not None
+        old, entropy, discriminator = measured["logps"], measured["entropy"], _discriminator(measured)
         tokens = self._tokens(batch, old, old, entropy, discriminator)
         if self.use_vllm and not self._parity_checked:
             self._check_engine(tokens)
@@ -86,20 +76,6 @@ class ControlledTrainer(HeldOutTrainer):
                 bridge.attach_step(step, name, outcome.coefficients.keep)
                 self.meter.add_rollout(outcome.metrics)
 
-    def moments(self, batch: Mapping[str, Any], want: Collection[str]) -> dict[str, Tensor]:
-        """Statistics (B, T) of the current policy, by a forward pass without gradient; names as in TokenStats."""
-        arguments = bridge.forward_arguments(batch)
-        with self.accelerator.autocast():  # the policy that is trained on
-            return token_moments(
-                self.accelerator.unwrap_model(self.model),
-                arguments["input_ids"],
-                arguments["attention_mask"],
-                arguments["logits_to_keep"],
-                temperature=self.temperature,
-                batch_size=self.args.per_device_train_batch_size,
-                want=want,
-            )
-
     def _check_engine(self, tokens: Tokens) -> None:
         """The start-up probe: engine and trainer must agree on the first completions before anything is trained."""
         assert tokens.rollout_logps is not None
@@ -109,40 +85,9 @@ class ControlledTrainer(HeldOutTrainer):
 
     # ---------------------------------------------------------------------------------------------- loss
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's forward, or the one that computes a prompt once for all its completions.
-
-        The head has the entropy anyway; that of a rollout's first pass, of the policy that made it, is kept.
-        """
-        aux_loss = None
-        if self.args.share_prompts:
-            with self.accelerator.autocast():
-                logps, entropy = token_statistics(model, input_ids, attention_mask, logits_to_keep, batch_size)
-        else:
-            options["compute_entropy"] = model is not self.ref_model
-            logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **options
-            )
-        if self._old_entropy is None and not torch.is_grad_enabled():
-            self._old_entropy = entropy
-        return logps, entropy, aux_loss
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        arguments = bridge.forward_arguments(inputs)
-        logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model, **arguments, compute_aux_loss=self.aux_loss_enabled
-        )
-        discriminator = None
-        if "mean_discriminator" in self.steering.needs("micro_batch"):
-            discriminator = mean_discriminator(self.moments(inputs, ("entropy", "sum_p2", "sum_p2_logp")))
+        statistics, aux_loss, passed = self._current_statistics(model, inputs)
+        logps, entropy, discriminator = statistics["logps"], statistics["entropy"], _discriminator(statistics)
         tokens = self._tokens(inputs, logps, self._old_logps(inputs, logps), entropy, discriminator)
         surrogate = self.steering.surrogate
         with torch.no_grad():
@@ -167,7 +112,7 @@ class ControlledTrainer(HeldOutTrainer):
         if self.probe.wants(self.state.global_step):
             self.probe.watch(self.state.global_step, inputs, tokens, objective, by_control)
         self.diagnostics.add(tokens if coefficients.keep is None else tokens.select(coefficients.keep))
-        metrics = {**metrics_of(micro)}
+        metrics = {**passed, **metrics_of(micro)}
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             metrics["policy/router_aux_loss"] = Mean.of(torch.as_tensor(aux_loss))
@@ -230,3 +175,8 @@ class ControlledTrainer(HeldOutTrainer):
     def learning_rate(self) -> float:
         """Of the optimizer step at hand."""
         return float(self._get_learning_rate())
+
+
+def _discriminator(statistics: Statistics) -> Tensor | None:
+    """E_S (B, T), detached as everything is that controls read; None if nobody asked for its moments."""
+    return mean_discriminator(statistics).detach() if "sum_p2_logp" in statistics else None

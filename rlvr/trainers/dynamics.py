@@ -16,7 +16,7 @@ from rlvr.controls.covariance import covariance
 from rlvr.theory import ESTIMATORS, Agreement, TokenStatistics
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.distributed import reduce_means
-from rlvr.trainers.moments import mean_discriminator
+from rlvr.trainers.forward import mean_discriminator
 from rlvr.trainers.steering import combined
 from rlvr.types import Coefficients, Mean, Tokens
 

@@ -23,9 +23,9 @@ from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
+from rlvr.trainers.head import add_token_stats, require_whole_head
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
-from rlvr.trainers.moments import require_whole_head
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, saved_state
 from rlvr.trainers.router import RouterZLoss
 from rlvr.trainers.shared_prompts import require_full_attention
@@ -70,6 +70,9 @@ class GRPOTrainer(ControlledTrainer):
             require_full_attention(self.accelerator.unwrap_model(self.model))
             if self.aux_loss_enabled or args.router_z_loss_coef or self._is_vlm:
                 raise ConfigError("share_prompts=True takes no images and no router losses: set it to false")
+        self._own_head = not (args.use_trl_head or self._is_vlm)
+        if self._own_head:
+            self._add_heads()
         self.task_description, self.run_config = task_description, dict(run_config or {})
         self.clock = PhaseClock()
         self.meter = StepMeter(self.accelerator)
@@ -77,7 +80,7 @@ class GRPOTrainer(ControlledTrainer):
         self._rollout_step = self._rollout_number = -1
         self._parity_checked = False
         self._rewards: Tensor | None = None
-        self._old_entropy = None
+        self._measured = self._tool_mask = None
         self._grad_norm = float("nan")
         policy = self.accelerator.unwrap_model(self.model)
         self._z_loss = RouterZLoss(policy, args.router_z_loss_coef) if args.router_z_loss_coef else None
@@ -98,11 +101,21 @@ class GRPOTrainer(ControlledTrainer):
         self.run_callback = RunCallback(self)
         self.add_callback(self.run_callback)
 
+    def _add_heads(self) -> None:
+        """Our statistics beside TRL's on the policy and on the reference, if that is a model of its own."""
+        for wrapped in (self.model, self.ref_model):
+            if wrapped is not None:
+                model = self.accelerator.unwrap_model(wrapped)
+                base = model.get_base_model() if hasattr(model, "get_base_model") else model
+                add_token_stats(base, temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
+
     # ---------------------------------------------------------------------------------------------- rollouts
 
     def _generate(self, prompts: list[Any]) -> Any:
         with self.clock.phase("rollout"):
-            return super()._generate(prompts)
+            generated = super()._generate(prompts)
+        self._tool_mask = generated[2]
+        return generated
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.clock.phase("verify"):
@@ -113,8 +126,10 @@ class GRPOTrainer(ControlledTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.clock.phase("old_logps"):  # what remains when generation and rewards are taken out
-            self._old_entropy = None
+            self._measured = None
             batch = super()._generate_and_score_completions(inputs)
+            if batch.get("old_per_token_logps") is None:
+                self._measured = None  # at most the reference was passed
             self._rollout_step = self.state.global_step
             self._rollout_number = self._step // (self.args.steps_per_generation * self.num_iterations)
             self.run_callback.start_rollout(self._rollout_step)
@@ -123,6 +138,7 @@ class GRPOTrainer(ControlledTrainer):
             self._set_rewards(batch)
             if self.steering.scoped("rollout") or (self.use_vllm and not self._parity_checked):
                 self._apply_rollout_controls(batch)
+            self._attach_measured(batch)
             sizes = bridge.count_trained(batch, self.reduce)
             self.meter.start_rollout(self._rollout_step, sizes)
         return batch

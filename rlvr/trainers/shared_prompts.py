@@ -20,14 +20,13 @@ from rlvr.errors import ConfigError
 class Packed:
     """P prompts in rows of L tokens.
 
-    input_ids, position_ids, labels [P, L]: labels name the token that each position predicts, -100 for none.
+    input_ids, position_ids [P, L].
     attention_mask [P, 1, L, L] bool: True where the query (third) may look at the key (last).
     place [B, T] int64: where token t of completion b is predicted, in the flattened [P * L]; 0 where there is none.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    labels: Tensor
     attention_mask: Tensor
     place: Tensor
 
@@ -41,25 +40,21 @@ def pack(input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> Pack
     prompts = ids[:, :-num_completion].masked_fill(~mask[:, :-num_completion], -1)
     unique, group = prompts.unique(dim=0, return_inverse=True)
     lengths = mask[:, -num_completion:].sum(dim=1).tolist()
-    rows: list[list[tuple[int, int, int, int]]] = []  # token, position, segment, label
+    rows: list[list[tuple[int, int, int]]] = []  # token, position, segment
     place = torch.zeros(ids.size(0), num_completion, dtype=torch.int64)
     starts: list[tuple[int, int, int]] = []  # row of the batch, packed row, offset in it
     for number, prompt in enumerate(unique):
         *before, last = prompt[prompt >= 0].tolist()
-        row = [(token, position, 0, -100) for position, token in enumerate(before)]
+        row = [(token, position, 0) for position, token in enumerate(before)]
         for segment, member in enumerate((group == number).nonzero()[:, 0].tolist(), start=1):
             completion = ids[member, -num_completion:][: lengths[member]].tolist()
             starts.append((member, number, len(row)))
-            inputs = [last, *completion[:-1]]
-            row += [
-                (token, len(before) + i, segment, label)
-                for i, (token, label) in enumerate(zip(inputs, completion, strict=False))
-            ]
+            row += [(token, len(before) + i, segment) for i, token in enumerate([last, *completion][:-1])]
         rows.append(row)
     width = max(map(len, rows))
     for member, number, offset in starts:
         place[member, : lengths[member]] = number * width + offset + torch.arange(lengths[member])
-    table = torch.tensor([row + [(0, 0, -1, -100)] * (width - len(row)) for row in rows])
+    table = torch.tensor([row + [(0, 0, -1)] * (width - len(row)) for row in rows])
     segments = table[..., 2]
     visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
@@ -67,40 +62,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> Pack
     return Packed(
         input_ids=table[..., 0].to(device),
         position_ids=table[..., 1].to(device),
-        labels=table[..., 3].to(device),
         attention_mask=(visible & causal)[:, None].to(device),
         place=place.to(device),
     )
-
-
-def token_statistics(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, num_completion: int, batch_size: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(log-probs [B, T], entropy [B, T] or None) of the completions; 0 where the completion is padding.
-
-    model: with TRL's fused head.   batch_size: rows at a time, all by default.
-    """
-    size = batch_size or len(input_ids)
-    parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
-    logps, entropies = zip(*(_statistics(model, ids, mask, num_completion) for ids, mask in parts), strict=True)
-    return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
-
-
-def _statistics(model: Any, input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> tuple[Any, Any]:
-    packed = pack(input_ids, attention_mask, num_completion)
-    outputs = model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        attention_mask=packed.attention_mask,
-        shift_labels=packed.labels,
-        fused_lm_head=True,
-    )
-    valid = attention_mask[:, -num_completion:].bool()
-
-    def unpacked(x: Tensor) -> Tensor:
-        return x.flatten()[packed.place].masked_fill(~valid, 0.0)
-
-    return unpacked(outputs.log_probs), None if outputs.entropy is None else unpacked(outputs.entropy)
 
 
 def require_full_attention(model: Any) -> None:

@@ -46,6 +46,7 @@ REWARD = "rlvr_reward"
 NUM_TOKENS = "rlvr_num_tokens"
 NUM_SEQUENCES = "rlvr_num_sequences"
 _COEFFICIENT = "rlvr_coefficient_"
+_MEASURED = "rlvr_measured_"
 
 
 def forward_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +97,31 @@ def tokens_of(batch: Mapping[str, Any], statistics: Mapping[str, Tensor | None],
         key=token_keys(seed, step, sequence, position),
         **statistics,
     )
+
+
+def attach_measured(batch: dict[str, Any], statistics: Mapping[str, Tensor]) -> None:
+    """Put the log-probs and entropy (B, T) of the policy that made the rollout into the batch."""
+    for name in ("logps", "entropy"):
+        batch[f"{_MEASURED}{name}"] = statistics[name]
+
+
+def measured(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Tensor] | None:
+    """What `attach_measured` put into the rollout, of these rows of the batch; None if nothing was."""
+    found = {key.removeprefix(_MEASURED): x[rows] for key, x in batch.items() if key.startswith(_MEASURED)}
+    return found or None
+
+
+def take(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of a batch; what belongs to the whole of it stays."""
+    return {key: x[rows] if isinstance(x, Tensor) and x.dim() > 0 else x for key, x in batch.items()}
+
+
+def padded_mask(lists: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """Masks of different lengths as bool, in the shape (B, T) of `like`; false where they have ended."""
+    padded = torch.zeros_like(like, dtype=torch.bool)
+    for row, values in enumerate(lists):
+        padded[row, : len(values)] = torch.tensor(values, dtype=torch.bool)
+    return padded
 
 
 def attach(batch: dict[str, Any], by_control: Mapping[str, Coefficients]) -> None:

@@ -1,0 +1,114 @@
+"""Gives a Hugging Face model a forward that returns statistics of tokens instead of logits.
+
+It is the model's own forward with one more argument, so that DDP, DeepSpeed, FSDP and adapters wrap it like any
+other.
+"""
+
+from functools import wraps
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rlvr_kernels
+from rlvr.errors import ConfigError
+
+
+class Asked(NamedTuple):
+    """Which statistics of which tokens. rows, columns, targets: [N].
+
+    columns: negative, from the end: what the model puts in front of its input (virtual tokens) does not matter.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    want: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """stats: [N] in the order asked for.   router_loss: load balancing of experts, with output_router_logits=True."""
+
+    stats: rlvr_kernels.TokenStats
+    router_loss: Tensor | None
+
+
+def add_token_stats(model: Any, *, temperature: float, float32: bool = False) -> None:
+    """`model(..., token_stats=Asked)` returns Measured; without that argument the forward is what it was.
+
+    Only the asked positions are projected to the vocabulary.
+    model: a causal language model, without adapter or distributed wrapper.   float32: the head's matrix products are
+    in float32, whatever the dtypes of model and autocast.
+    """
+    before = model.forward
+    config = model.config.get_text_config()
+    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+
+    @wraps(type(model).forward)  # `generate` validates its arguments against the signature
+    def forward(self: Any, *args: Any, token_stats: Asked | None = None, **kwargs: Any) -> Any:
+        if token_stats is None:
+            return before(*args, **kwargs)
+        kwargs.pop("labels", None)  # an adapter passes it on, as None
+        kwargs["use_cache"] = False
+        outputs = self.base_model(*args, **kwargs)
+        head = self.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        hidden = outputs.last_hidden_state[token_stats.rows, token_stats.columns].to(weight.device)
+        device = hidden.device.type
+        with torch.autocast(device, enabled=not float32 and torch.is_autocast_enabled(device)):
+            stats = rlvr_kernels.token_stats(
+                hidden.float() if float32 else hidden,
+                weight,
+                token_stats.targets.to(weight.device),
+                temperature=temperature,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=scale,
+                want=token_stats.want,
+            )
+        balanced = kwargs.get("output_router_logits")
+        return Measured(stats, _router_loss(outputs, config, kwargs.get("attention_mask")) if balanced else None)
+
+    model.forward = MethodType(forward, model)
+
+
+def _logit_scale(config: Any) -> float:
+    """What some families multiply their logits by, before the soft cap."""
+    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, key, None) is not None:
+            return float(getattr(config, key))
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor if config.model_type == "hyperclovax" else 1 / divisor)  # the one family that multiplies
+
+
+def _router_loss(outputs: Any, config: Any, attention_mask: Tensor | None) -> Tensor:
+    """Mixtral's load-balancing loss, which every family of experts in transformers uses."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss: Tensor = load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    )
+    return loss
+
+
+def require_whole_head(trainer: Any, why: str) -> None:
+    """Refuse what a pass without gradient, on a few ranks' own sequences, would get wrong or wait for.
+
+    why: what asks for the pass.
+    Raises: ConfigError for weights sharded over ranks (ZeRO-3, FSDP), and for models that are left to TRL's head.
+    """
+    if shards_parameters(trainer):
+        raise ConfigError(f"{why} reads the whole language-model head, which FSDP and ZeRO-3 shard: use ZeRO-2 or DDP")
+    if trainer.args.use_trl_head:
+        raise ConfigError(f"{why} needs statistics that TRL's head does not give: set use_trl_head: false")
+    if trainer._is_vlm:
+        raise ConfigError(f"{why} takes no images: remove it")
+
+
+def shards_parameters(trainer: Any) -> bool:
+    """Whether each rank holds only a part of each weight, so that all must run the same forward passes."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return bool(trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))

@@ -1,0 +1,150 @@
+"""Which sequences are passed through the model, when, and what is computed of their tokens."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlvr.controls.base import Scope
+from rlvr.objective import idle_sequences
+from rlvr.trainers import trl_bridge as bridge
+from rlvr.trainers.config import GRPOConfig
+from rlvr.trainers.forward import Statistics, completion_statistics
+from rlvr.trainers.head import shards_parameters
+from rlvr.trainers.heldout import HeldOutTrainer
+from rlvr.trainers.router import RouterZLoss
+from rlvr.trainers.steering import Steering, combined
+from rlvr.types import Mean, Metrics
+
+
+class MeasuringTrainer(HeldOutTrainer):
+    """TRL's trainer with statistics of tokens from `rlvr_kernels`, computed where somebody needs them."""
+
+    args: GRPOConfig
+    steering: Steering
+    _own_head: bool  # else TRL's computes log-probs and entropy
+    _measured: Statistics | None  # of the rollout, by the policy that made it; each (B, T)
+    _tool_mask: list[list[int]] | None  # of the rollout at hand, where there are tools: 0 for their output
+    _z_loss: RouterZLoss | None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The passes that TRL asks for: the rollout's by the policy that made it and by the reference.
+
+        The first one of a rollout is by the policy that made it; what its head knows is kept.
+        """
+        if self._own_head:
+            trained = attention_mask[:, -logits_to_keep:].bool()
+            if self._tool_mask is not None:
+                trained = trained & bridge.padded_mask(self._tool_mask, trained)
+            want = ("logps",) if model is self.ref_model else self._wanted("rollout")
+            found, aux_loss = self._pass(model, input_ids, attention_mask, trained, want, batch_size)
+        else:
+            options["compute_entropy"] = model is not self.ref_model
+            logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **options
+            )
+            found = {"logps": logps} if entropy is None else {"logps": logps, "entropy": entropy}
+        if self._measured is None and not torch.is_grad_enabled():
+            self._measured = found
+        return found["logps"], found.get("entropy"), aux_loss
+
+    def _attach_measured(self, batch: dict[str, Any]) -> None:
+        """Let what is known of the rollout's policy ride along in the batch."""
+        if self._measured is not None:
+            bridge.attach_measured(batch, self._measured)
+
+    def _wanted(self, scope: Scope) -> tuple[str, ...]:
+        """What the head has to compute for the controls of a scope; moments only if one of them reads them."""
+        moments = ("sum_p2", "sum_p2_logp") if "mean_discriminator" in self.steering.needs(scope) else ()
+        return ("logps", "entropy", *moments)
+
+    def _pass(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        trained: Tensor,
+        want: Collection[str],
+        batch_size: int | None = None,
+    ) -> tuple[Statistics, Tensor | None]:
+        """Statistics of the trained tokens, each (B, T), and the routers' loss where the run has one."""
+        with self.accelerator.autocast():
+            return completion_statistics(
+                model,
+                input_ids,
+                attention_mask,
+                trained,
+                want,
+                batch_size=batch_size,
+                share_prompts=self.args.share_prompts,
+                router_loss=self.aux_loss_enabled and torch.is_grad_enabled(),
+            )
+
+    def _batch_pass(
+        self, model: Any, batch: Mapping[str, Any], want: Collection[str], batch_size: int | None = None
+    ) -> tuple[Statistics, Tensor | None]:
+        """`_pass` over TRL's batch."""
+        arguments = bridge.forward_arguments(batch)
+        ids, mask = arguments["input_ids"], arguments["attention_mask"]
+        return self._pass(model, ids, mask, bridge.trained_mask(batch), want, batch_size)
+
+    def _current_statistics(self, model: Any, batch: dict[str, Any]) -> tuple[Statistics, Tensor | None, Metrics]:
+        """Of the policy that is trained, with gradient for the sequences that have one; the routers' loss; metrics."""
+        if not self._own_head:
+            logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+                model, **bridge.forward_arguments(batch), compute_aux_loss=self.aux_loss_enabled
+            )
+            assert entropy is not None
+            return {"logps": logps, "entropy": entropy}, aux_loss, {}
+        want = self._wanted("micro_batch")
+        idle = self._idle(batch)
+        metrics = {"policy/skipped": Mean.of(idle)}
+        if not idle.any():
+            return *self._batch_pass(model, batch, want), metrics
+        active, rest = (~idle).nonzero().squeeze(1), idle.nonzero().squeeze(1)
+        known = bridge.measured(batch, rest) or self.moments(bridge.take(batch, rest), want)
+        if not len(active):  # there has to be a graph, and other ranks may wait for a pass: a gradient of zeros
+            one = bridge.trained_mask(batch).sum(1).argmin().unsqueeze(0)
+            passed, aux_loss = self._batch_pass(model, bridge.take(batch, one), want)
+            return {name: known[name] + (x - x.detach()).sum() for name, x in passed.items()}, aux_loss, metrics
+        trained, aux_loss = self._batch_pass(model, bridge.take(batch, active), want)
+        order = torch.cat([active, rest]).argsort()
+        both = {name: torch.cat([x, known[name].to(x.dtype)])[order] for name, x in trained.items()}
+        return both, aux_loss, metrics
+
+    def _idle(self, batch: dict[str, Any]) -> Tensor:
+        """Which sequences (B,) of a micro-batch are not trained on, because exactly nothing would come of it."""
+        mask = bridge.trained_mask(batch)
+        none = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        everywhere = (
+            self.beta or self.aux_loss_enabled or self._z_loss is not None or self.steering.surrogate.penalizes
+        )
+        decided_later = self.steering.scoped("micro_batch")  # from statistics of all tokens
+        if not self.args.skip_idle_sequences or everywhere or decided_later:
+            return none
+        unknown = torch.zeros(mask.shape, device=mask.device)
+        if bridge.measured(batch, none) is None and shards_parameters(self):
+            return none  # to measure them would be a pass that other ranks do not make
+        tokens = self._tokens(batch, unknown, unknown, None)
+        coefficients = combined(bridge.attached(batch) | bridge.engine_correction(batch))
+        return idle_sequences(tokens.advantages, coefficients, tokens.sequence, tokens.num_sequences)
+
+    @torch.no_grad()
+    def moments(self, batch: Mapping[str, Any], want: Collection[str]) -> Statistics:
+        """Statistics (B, T) of the current policy, by a forward pass without gradient; names as in TokenStats."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        try:
+            return self._batch_pass(model, batch, want, self.args.per_device_train_batch_size)[0]
+        finally:
+            model.train(training)
