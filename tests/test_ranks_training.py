@@ -1,4 +1,6 @@
-"""One process and two (gloo) train the same model, with every control that acts on a whole rollout or step at once."""
+"""One process and two (gloo) train the same model, with every control that acts on a whole rollout or step at once:
+whole copies of the model, and weights that ZeRO-3 shards.
+"""
 
 import json
 import os
@@ -33,17 +35,33 @@ TOLD = (
     "token_budget/kept",
     "policy/tokens",
 )
-MEASURED = ("policy/loss", "entropy/mean", "optim/grad_norm", "policy/weight", "covariance/mean", "thermostat/value")
+MEASURED = (
+    "policy/loss",
+    "entropy/mean",
+    "optim/grad_norm",
+    "policy/weight",
+    "covariance/mean",
+    "thermostat/value",
+    "dynamics/measured",
+    "dynamics/predicted",
+)
 
 
-def run(processes: int, model_dir: Path, out: Path, **settings: Any) -> dict[str, Any]:
+# Two processes on a CPU, from recipes that are made for more.
+LAUNCHES = {
+    "ddp": ["--config_file", "recipes/accelerate/cpu2.yaml"],
+    "zero3": ["--config_file", "recipes/accelerate/zero3.yaml", "--num_processes", "2", "--mixed_precision", "no"],
+}
+
+
+def run(launched: str | None, model_dir: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """What the run measured and trained. launched: of LAUNCHES, None for one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    launch += ["--config_file", str(ROOT / "recipes/accelerate/cpu2.yaml")]
-    command = [sys.executable, *(launch if processes == 2 else []), str(ROOT / "tests/ranks_run.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port), *LAUNCHES.get(launched or "", [])]
+    command = [sys.executable, *(launch if launched else []), str(ROOT / "tests/ranks_run.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/tests"}
     done = subprocess.run(
         [*command, str(model_dir), str(out), json.dumps(settings)],
         capture_output=True,
@@ -56,7 +74,8 @@ def run(processes: int, model_dir: Path, out: Path, **settings: Any) -> dict[str
     return torch.load(out / "result.pt")
 
 
-def test_two_processes_train_what_one_does(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", LAUNCHES)
+def test_two_processes_train_what_one_does(launched: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     settings = {
         "controls": CONTROLS,
         "surrogate": "unclipped",
@@ -65,8 +84,8 @@ def test_two_processes_train_what_one_does(tiny_model_dir: Path, tmp_path: Path)
         "learning_rate": 0.05,
         "gradient_accumulation_steps": 1,
     }
-    one = run(1, tiny_model_dir, tmp_path / "one", per_device_train_batch_size=16, **settings)
-    two = run(2, tiny_model_dir, tmp_path / "two", per_device_train_batch_size=8, **settings)
+    one = run(None, tiny_model_dir, tmp_path / "one", per_device_train_batch_size=16, probe_sequences=16, **settings)
+    two = run(launched, tiny_model_dir, tmp_path / "two", per_device_train_batch_size=8, probe_sequences=8, **settings)
     assert len(one["history"]) == len(two["history"]) == 4
     for a, b in zip(one["history"], two["history"], strict=True):
         for name in TOLD:

@@ -23,7 +23,7 @@ from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
-from rlvr.trainers.head import add_token_stats, require_whole_head
+from rlvr.trainers.head import add_token_stats, require_own_passes
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, saved_state
@@ -89,7 +89,7 @@ class GRPOTrainer(ControlledTrainer):
         self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config)
         if args.probe_sequences or any("mean_discriminator" in control.needs for control in args.control_list):
             asks = "probe_sequences" if args.probe_sequences else "a control of mean_discriminator"
-            require_whole_head(self, asks)
+            require_own_passes(self, asks)
         if args.stop is not None:
             add_stop_token(self, args.stop)
         if own_engine:

@@ -94,14 +94,13 @@ def _router_loss(outputs: Any, config: Any, attention_mask: Tensor | None) -> Te
     return loss
 
 
-def require_whole_head(trainer: Any, why: str) -> None:
-    """Refuse what a pass without gradient, on a few ranks' own sequences, would get wrong or wait for.
+def require_own_passes(trainer: Any, why: str) -> None:
+    """Refuse what needs a pass of our own over a few sequences, or moments, where that cannot be had.
 
-    why: what asks for the pass.
-    Raises: ConfigError for weights sharded over ranks (ZeRO-3, FSDP), and for models that are left to TRL's head.
+    Raises: ConfigError under FSDP, with images and with TRL's head.   why: what needs it.
     """
-    if shards_parameters(trainer):
-        raise ConfigError(f"{why} reads the whole language-model head, which FSDP and ZeRO-3 shard: use ZeRO-2 or DDP")
+    if trainer.is_fsdp_enabled:
+        raise ConfigError(f"{why} passes sequences beside the wrapper that FSDP puts around the model: use DeepSpeed")
     if trainer.args.use_trl_head:
         raise ConfigError(f"{why} needs statistics that TRL's head does not give: set use_trl_head: false")
     if trainer._is_vlm:

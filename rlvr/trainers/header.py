@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlvr_kernels import choose_backend
+
 if TYPE_CHECKING:
     from rlvr.trainers.grpo import GRPOTrainer
 
@@ -59,6 +61,15 @@ def _step(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
     ]
 
 
+def _head(trainer: "GRPOTrainer") -> str:
+    if not trainer._own_head:
+        return "TRL's"
+    weight = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight
+    backend, why = choose_backend(weight, weight)
+    idle = "; sequences without any gradient are not trained on" if trainer.args.skip_idle_sequences else ""
+    return f"rlvr_kernels, {backend} ({why}){idle}"
+
+
 def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
     args = trainer.args
     advantage = (
@@ -70,6 +81,7 @@ def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
         ("surrogate", _settings(args.surrogate_fn)),
         ("aggregation", f"{args.aggregation} (loss_type {args.loss_type}); advantages {advantage}"),
     ]
+    rows.append(("head", _head(trainer)))
     for control in args.control_list:
         rows.append(("control", f"{control.name}: {_settings(control)}"))
     if not args.control_list:
