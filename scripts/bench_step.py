@@ -1,11 +1,14 @@
-"""What entropy control costs: seconds per training step against stock TRL, both sides in one run.
+"""What a GRPO step takes, with entropy control and without, against stock TRL: all sides in one run.
 
-    OMP_WAIT_POLICY=passive python scripts/bench_step.py --model models/SmolLM2-135M-Instruct --rounds 12
+    OMP_WAIT_POLICY=passive python scripts/bench_step.py --sides "no control" "no skipping" --idle 0.4
 
-Same model, prompts, seed, completion lengths and transformers rollouts on every side. All sides are alive at once and
+Same model, prompts, random numbers, completion lengths and transformers rollouts on every side, and so the same
+completions and gradients: the last column says how far the weights have come apart. All sides are alive at once and
 take turns after each rollout and its two optimizer steps, so that a change of the machine's speed meets all of them;
 the order rotates. A turn lasts from the beginning of a rollout to the beginning of the side's next one: logging and
-records are in it. The figure is the median over rounds of the ratio to stock TRL in the same round, with quartiles.
+records are in it. Figures are medians over rounds of stock TRL's time over the side's in the same round, with
+quartiles: of the whole turn, and of what is left of it without generation, which is the same work on all sides.
+--idle: the share of groups whose rewards are all equal, as they are where a prompt is too easy or too hard.
 """
 
 import argparse
@@ -30,6 +33,8 @@ THERMOSTAT = {"lever": "kl_cov.coef", "low": 0.3, "high": 0.5, "lowest": 0.0, "h
 SIDES: dict[str, dict[str, Any] | None] = {
     "stock TRL": None,
     "no control": {},
+    "no skipping": {"skip_idle_sequences": False},
+    "TRL's head": {"use_trl_head": True},
     "no diagnostics": {"diagnostics": False},
     "clip_cov": {"controls": [{"name": "clip_cov", "low": 0.0}]},
     "kl_cov, thermostat": {"controls": ["kl_cov"], "thermostat": THERMOSTAT},
@@ -49,7 +54,7 @@ class Turns:
 
     def __init__(self, sides: list[str], rounds: int) -> None:
         self.order = [side for i in range(rounds) for side in sides[i % len(sides) :] + sides[: i % len(sides)]]
-        self.seconds: dict[str, list[float]] = {side: [] for side in sides}
+        self.seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}  # whole, generation
         self._next = 0
         self._change = threading.Condition()
 
@@ -57,9 +62,9 @@ class Turns:
         with self._change:
             self._change.wait_for(lambda: self._next >= len(self.order) or self.order[self._next] == side)
 
-    def done(self, side: str, seconds: float) -> None:
+    def done(self, side: str, whole: float, generation: float) -> None:
         with self._change:
-            self.seconds[side].append(seconds)
+            self.seconds[side].append((whole, generation))
             self._next += 1
             self._change.notify_all()
 
@@ -70,23 +75,51 @@ class Turn(TrainerCallback):
     def __init__(self, side: str, turns: Turns) -> None:
         self.side, self.turns = side, turns
         self._began: float | None = None
+        self._generation = 0.0
+        self._rounds = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % 2 == 0:
             self._end()
             self.turns.wait(self.side)
-            self._began = time.perf_counter()
+            self._rounds += 1
+            torch.manual_seed(self._rounds)  # the same completions on all sides
+            self._began, self._generation = time.perf_counter(), 0.0
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._end()
 
     def _end(self) -> None:
         if self._began is not None:
-            self.turns.done(self.side, time.perf_counter() - self._began)
+            self.turns.done(self.side, time.perf_counter() - self._began, self._generation)
+
+    def timed(self, generate: Any) -> Any:
+        """The trainer's generation, with its time kept."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generation += time.perf_counter() - began
+
+        return call
 
 
-def share_of_digits(completions: list[str], **_: Any) -> list[float]:
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+class ShareOfDigits:
+    """The reward, but for the first `idle` of the completions, which all get the same."""
+
+    __name__ = "share_of_digits"
+
+    def __init__(self, idle: float) -> None:
+        self.idle = idle
+
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        constant = round(self.idle * len(completions))
+        return [
+            0.5 if i < constant else sum(c.isdigit() for c in text) / max(1, len(text))
+            for i, text in enumerate(completions)
+        ]
 
 
 def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> Any:
@@ -96,11 +129,12 @@ def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> 
     args = config(
         output_dir=f"{folder}/{side}",
         per_device_train_batch_size=options.batch,
-        num_generations=8,
+        num_generations=options.group,
         num_iterations=2,
         max_completion_length=options.length,
         generation_kwargs={"min_new_tokens": options.length},
         max_steps=options.rounds * 2,
+        learning_rate=1e-3,
         optim="sgd",  # all sides live at once; Adam's states would not fit, and would only make the shares smaller
         logging_steps=1,
         report_to="none",
@@ -114,7 +148,18 @@ def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     rows = Dataset.from_list([{"prompt": f"{a} + {b} ="} for a in range(20) for b in range(20)])
     trainer: Any = trl.GRPOTrainer if settings is None else rlvr.GRPOTrainer
-    return trainer(model, share_of_digits, args, rows, processing_class=tokenizer, callbacks=[Turn(side, turns)])
+    turn = Turn(side, turns)
+    one = trainer(model, ShareOfDigits(options.idle), args, rows, processing_class=tokenizer, callbacks=[turn])
+    one._generate = turn.timed(one._generate)
+    return one
+
+
+def distance(trainer: Any, stock: Any, start: dict[str, torch.Tensor]) -> float:
+    """How far the weights are from stock TRL's, as a share of the way that those have moved."""
+    mine, theirs = trainer.model.state_dict(), stock.model.state_dict()
+    apart = sum(float((mine[name] - x).square().sum()) for name, x in theirs.items())
+    moved = sum(float((start[name] - x).square().sum()) for name, x in theirs.items())
+    return (apart / moved) ** 0.5
 
 
 def main() -> None:
@@ -123,6 +168,8 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=list(SIDES), help="which of: " + ", ".join(SIDES))
     parser.add_argument("--rounds", type=int, default=12, help="rollouts per side; the first is a warm-up")
     parser.add_argument("--batch", type=int, default=8, help="completions per step")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--idle", type=float, default=0.0, help="share of groups with equal rewards")
     parser.add_argument("--length", type=int, default=16, help="tokens per completion")
     options = parser.parse_args()
     sides = ["stock TRL", *(side for side in options.sides if side != "stock TRL")]
@@ -135,11 +182,25 @@ def main() -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-    print(f"{'side':<18} {'median s per rollout and 2 steps':>34} {'against stock, median (quartiles)':>36}")
-    for side, seconds in turns.seconds.items():
-        ratios = [a / b - 1 for a, b in zip(seconds[1:], turns.seconds["stock TRL"][1:], strict=True)]
-        low, middle, high = quantiles(ratios, n=4) if any(ratios) else (0.0, 0.0, 0.0)
-        print(f"{side:<18} {median(seconds[1:]):>34.3f} {middle:>+19.1%} ({low:+.1%} to {high:+.1%})")
+        stock = trainers[0]
+        start = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).state_dict()
+        apart = [distance(trainer, stock, start) for trainer in trainers]
+    ratios = f"{'times as fast as stock':<24} {'without generation':<24}"
+    print(f"{'side':<18} {'s per turn':>10} {'generation':>10}  {ratios} apart")
+    reference = turns.seconds["stock TRL"][1:]
+    for (side, seconds), far in zip(turns.seconds.items(), apart, strict=True):
+        mine = seconds[1:]
+        whole = [a[0] / b[0] for a, b in zip(reference, mine, strict=True)]
+        rest = [(a[0] - a[1]) / (b[0] - b[1]) for a, b in zip(reference, mine, strict=True)]
+        print(
+            f"{side:<18} {median(w for w, _ in mine):>10.2f} {median(g for _, g in mine):>10.2f}  "
+            f"{spread(whole):<24} {spread(rest):<24} {far:.1e}"
+        )
+
+
+def spread(ratios: list[float]) -> str:
+    low, middle, high = quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -35,10 +35,11 @@ def triton_refusal(hidden: Tensor, weight: Tensor) -> str | None:
     """Why the Triton backends cannot run on these tensors, None if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if hidden.device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "the tensors are on a CPU"
-    if hidden.device.type != "cuda":
-        return f"the kernels are for CUDA, the tensors are on {hidden.device.type}"
+    kind = hidden.device.type
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on a CPU"
+    if kind not in ("cpu", "cuda"):
+        return f"the kernels are for CUDA, the tensors are on {kind}"
     for name, x in {"hidden": hidden, "weight": weight}.items():
         if x.dtype not in HALF_OR_FLOAT:
             return f"{name} is {x.dtype}; the kernels compute in float32"

@@ -1,5 +1,6 @@
 """Statistics of a head without its logits: one differentiable function, whatever the backend."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -33,12 +34,15 @@ def token_stats(
     `want`, in memory that does not grow with N V: the logits exist as small tiles, again in the backward pass.
 
     Logits are float32 from the matrix product on, whatever the inputs. Differentiable by hidden, weight and bias, each
-    only if it asks for a gradient; one backward pass for all fields. No second derivatives.
+    only if it asks for a gradient; one backward pass for all fields, without second derivatives (create_graph=True).
     Tokens without a label get 0 and cost nothing; tokens whose gradient is 0 cost no backward pass.
 
     hidden: [N, D].   weight: [V, D]; may be shared with the embedding, a DTensor (FSDP2) or partitioned by ZeRO-3: it
-    is gathered here and again in the backward pass, by all ranks.   targets: [N] int64 in [0, V) or ignore_index.
-    temperature: a number or [N].   bias: [V]; -inf makes a token impossible.   softcap: c of c * tanh(z / c).
+    is gathered here and again in the backward pass, so each rank calls this and uses the result in its loss, without
+    tokens too. A DTensor's gradient is the average over its mesh, as FSDP2's and DDP's are. Under ZeRO-3 call it
+    inside the forward of the wrapped model, unless the weight needs no gradient.
+    targets: [N] int64 in [0, V) or ignore_index.   temperature: a number or [N].
+    bias: [V]; -inf makes a token impossible, where there is no soft cap.   softcap: c of c * tanh(z / c).
     backend: "auto", "chunked", "triton" or "triton_fused"; see `choose_backend`.
     group: ranks among which the vocabulary is split; `weight` and `bias` are this rank's rows, from number vocab_start
     on, hidden and targets are the same on all of them, and so are the statistics and the gradient by hidden.
@@ -46,7 +50,8 @@ def token_stats(
     Raises: ValueError for shapes, dtypes or values that do not fit, and for a backend that cannot run here.
     """
     check_want(want)
-    _check(hidden, weight, targets, bias, softcap)
+    _check_tensors(hidden, weight, targets, bias)
+    _check_numbers(softcap, logit_scale, vocab_start, group)
     chosen = backend_named(backend, hidden, weight)
     like = hidden.new_empty(len(hidden), dtype=torch.promote_types(_common(hidden, weight), torch.float32))
     call = Call(
@@ -98,8 +103,9 @@ class _Statistics(torch.autograd.Function):
         return tuple(stats[name] for name in call.fields)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable returns a constant, in silence, where grads are constants
+            raise RuntimeError("token_stats has no second derivatives: differentiate it without create_graph=True")
         hidden, weight, bias, sums = ctx.saved_tensors
         call: Call = ctx.call
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -116,6 +122,7 @@ class _Statistics(torch.autograd.Function):
         with gathered(weight, bias) as (w, b), torch.autocast(hidden.device.type, enabled=False):
             head = Head(w, b, **call.head, start=call.start)
             found = call.backend.backward(rows, head, sums[:, live], of_logits, needs)
+            del w, b, head  # a gathered weight is not held while its gradient is scattered
         by_hidden = found.hidden
         if by_hidden is not None:
             if call.group is not None:
@@ -124,7 +131,7 @@ class _Statistics(torch.autograd.Function):
         return by_hidden, scattered(found.weight, weight), scattered(found.bias, bias), None
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     shape = getattr(weight, "ds_shape", weight.shape)
     if hidden.dim() != 2 or len(shape) != 2 or hidden.size(1) != shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(
@@ -138,8 +145,19 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
             f"want floating-point hidden and weight and int64 targets, got {hidden.dtype}, {weight.dtype} and "
             f"{targets.dtype}"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be > 0, or None for none")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"want a floating-point bias, got {bias.dtype}")
+
+
+def _check_numbers(
+    softcap: float | None, logit_scale: float, vocab_start: int, group: dist.ProcessGroup | None
+) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be > 0 and finite, or None for none")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale={logit_scale} must be finite")
+    if vocab_start < 0 or (vocab_start and group is None):
+        raise ValueError(f"vocab_start={vocab_start} must be >= 0, and 0 without a group that holds the other rows")
 
 
 def _vocabulary(weight: Tensor) -> int:

@@ -1,0 +1,1 @@
+"""What `bench_kernels.py` compares, how it measures, and what it writes."""
