@@ -42,8 +42,6 @@ MEASURED = (
     "policy/weight",
     "covariance/mean",
     "thermostat/value",
-    "dynamics/measured",
-    "dynamics/predicted",
 )
 
 
@@ -93,6 +91,8 @@ def test_two_processes_train_what_one_does(launched: str, tiny_model_dir: Path, 
         assert a["policy/tokens"] <= 40
         for name in MEASURED:
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-7), name
+        for name in ("dynamics/measured", "dynamics/predicted"):  # differences of entropies of 5, in float32
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
     for name in TOLD:
         assert any(entry[name] > 0 for entry in one["history"]), name
     start = trained_from(tiny_model_dir)
