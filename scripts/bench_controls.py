@@ -4,7 +4,7 @@
 
 `bench_step.py` times whole steps, whose noise of some percent hides costs this small. Here a control decides on many
 tokens at once, median of several calls, and the model trains on a few sequences; both are divided by their tokens. Not
-in these numbers: the forward pass without gradient that `clip_v` and `steer` with `form: full` add to each rollout.
+in these numbers: the moments that `clip_v` and `steer` with `form: full` ask of the head in the rollout's own pass.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     OMP_WAIT_POLICY=passive python scripts/bench_step.py --sides "no control" "no skipping" --idle 0.4
 
 Same model, prompts, random numbers, completion lengths and transformers rollouts on every side, and so the same
-completions and gradients: the last column says how far the weights have come apart. All sides are alive at once and
+completions and gradients, until rounding makes a side sample another token: the last column says how far the weights
+are apart after the first turn, as a share of the way that stock TRL's have moved. All sides are alive at once and
 take turns after each rollout and its two optimizer steps, so that a change of the machine's speed meets all of them;
 the order rotates. A turn lasts from the beginning of a rollout to the beginning of the side's next one: logging and
 records are in it. Figures are medians over rounds of stock TRL's time over the side's in the same round, with
@@ -77,10 +78,13 @@ class Turn(TrainerCallback):
         self._began: float | None = None
         self._generation = 0.0
         self._rounds = 0
+        self.first: dict[str, torch.Tensor] = {}  # the weights after the first turn
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % 2 == 0:
             self._end()
+            if state.global_step == 2:
+                self.first = {name: p.detach().clone() for name, p in model.named_parameters()}
             self.turns.wait(self.side)
             self._rounds += 1
             torch.manual_seed(self._rounds)  # the same completions on all sides
@@ -151,14 +155,14 @@ def build(side: str, folder: str, turns: Turns, options: argparse.Namespace) -> 
     turn = Turn(side, turns)
     one = trainer(model, ShareOfDigits(options.idle), args, rows, processing_class=tokenizer, callbacks=[turn])
     one._generate = turn.timed(one._generate)
+    one.turn = turn
     return one
 
 
-def distance(trainer: Any, stock: Any, start: dict[str, torch.Tensor]) -> float:
-    """How far the weights are from stock TRL's, as a share of the way that those have moved."""
-    mine, theirs = trainer.model.state_dict(), stock.model.state_dict()
-    apart = sum(float((mine[name] - x).square().sum()) for name, x in theirs.items())
-    moved = sum(float((start[name] - x).square().sum()) for name, x in theirs.items())
+def distance(mine: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """How far weights are from stock TRL's, as a share of the way that those have moved."""
+    apart = sum(float((mine[name] - x).square().sum()) for name, x in stock.items())
+    moved = sum(float((start[name] - x).square().sum()) for name, x in stock.items())
     return (apart / moved) ** 0.5
 
 
@@ -182,9 +186,8 @@ def main() -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-        stock = trainers[0]
         start = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).state_dict()
-        apart = [distance(trainer, stock, start) for trainer in trainers]
+        apart = [distance(trainer.turn.first, trainers[0].turn.first, start) for trainer in trainers]
     ratios = f"{'times as fast as stock':<24} {'without generation':<24}"
     print(f"{'side':<18} {'s per turn':>10} {'generation':>10}  {ratios} apart")
     reference = turns.seconds["stock TRL"][1:]

@@ -105,6 +105,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "temperature": lambda: random_case(17, 16, 67, temperature=0.7),
     "per_token_temperature": _per_token_temperature,
     "softcap": lambda: random_case(17, 16, 67, spread=8.0, softcap=5.0, temperature=0.8),
+    "one token": lambda: random_case(1, 16, 301),
+    "small logits under a cap": lambda: random_case(17, 16, 67, spread=1e-3, softcap=30.0, temperature=1e-3),
     "logit_scale": lambda: random_case(17, 16, 67, logit_scale=0.25, bias=True, softcap=4.0),
 }
 

@@ -147,6 +147,48 @@ def test_weight_changed_in_place_before_the_backward_pass_is_refused():
         loss.backward()
 
 
+def test_targets_changed_in_place_before_the_backward_pass_are_refused():
+    case = random_case(5, 8, 30)
+    hidden, targets = case.hidden.requires_grad_(), case.targets.clone()
+    stats = token_stats(hidden, case.weight, targets)
+    targets.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.logps.sum().backward()
+
+
+def test_a_token_without_a_gradient_does_not_spoil_the_weight_s():
+    """Not even one that is NaN."""
+    case = random_case(4, 8, 30)
+    case.hidden[1] = math.nan
+    weight = case.weight.requires_grad_()
+    entropy = token_stats(case.hidden, weight, case.targets).entropy
+    torch.where(torch.arange(4) == 1, 0.0, entropy).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_a_compiled_caller_gets_the_same():
+    case = random_case(5, 8, 30)
+    hidden = case.hidden.requires_grad_()
+
+    def loss(x):
+        return token_stats(2 * x, case.weight, case.targets).entropy.sum()
+
+    (want,) = torch.autograd.grad(loss(hidden), hidden)
+    (found,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(hidden), hidden)
+    torch.testing.assert_close(found, want)
+
+
+def test_want_may_be_any_collection_or_iterator():
+    case = random_case(5, 8, 30)
+    found = token_stats(case.hidden, case.weight, case.targets, want=(name for name in ("logps",)))
+    assert found.logps is not None and found.entropy is None
+
+
+def test_hidden_states_of_no_width_are_uniform():
+    found = token_stats(torch.zeros(3, 0), torch.zeros(5, 0), torch.tensor([0, 1, 2]))
+    assert found.logps.tolist() == pytest.approx([-math.log(5)] * 3)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_saved_where_no_gradient_is_wanted(mode):
     hidden, weight = leaves(random_case(3, 4, 5))
@@ -202,7 +244,11 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0,
         ({"temperature": torch.ones(3)}, r"temperature has shape \(3,\).*2 tokens"),
         ({"softcap": 0.0}, "softcap=0.0 must be > 0"),
         ({"softcap": math.inf}, "softcap=inf must be > 0 and finite, or None"),
-        ({"logit_scale": math.nan}, "logit_scale=nan must be finite"),
+        ({"logit_scale": math.nan}, "logit_scale=nan must be > 0"),
+        ({"logit_scale": 0.0}, "logit_scale=0.0 must be > 0"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be > 0"),
+        ({"temperature": torch.tensor(1e-39)}, "and so must its inverse in torch.float32"),
+        ({"temperature": torch.ones(2, requires_grad=True)}, "wants a gradient"),
         ({"want": "logps"}, "want='logps'"),
         ({"want": ()}, "want="),
         ({"want": ["logp"]}, "'logp'.* choose from logps, entropy"),

@@ -108,6 +108,16 @@ def whole(grads: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
 
 
+def refusal(start: int, target: int) -> str:
+    """What a rank is told whose 5 rows are said to begin at `start`."""
+    hidden, weight, targets = torch.ones(1, 3), torch.ones(5, 3), torch.tensor([target])
+    try:
+        token_stats(hidden, weight, targets, group=torch.distributed.group.WORLD, vocab_start=start)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def calls(mode: CommDebugMode) -> dict[str, int]:
     return {op.__name__: count for op, count in mode.get_comm_counts().items() if count}
 
@@ -167,6 +177,9 @@ def work(rank: int) -> dict[Any, Any]:
                 found[layout, name, dtype] = result._replace(grads=whole(result.grads))
     case, start = vocabulary_of(wide(), rank)
     found["traffic", "group"] = traffic(case, group=group, vocab_start=start)
+    found["start forgotten"] = refusal(0, target=1)
+    found["target beyond"] = refusal(5 * rank, target=10)
+    found["start given"] = refusal(5 * rank, target=9)
     for frozen in (False, True):
         found["traffic", "rows", frozen] = traffic(distributed(wide(), "rows"), frozen)
     replica = distribute_tensor(wide().weight, init_device_mesh("cpu", (2,)), [Replicate()])
@@ -198,6 +211,13 @@ def test_a_vocabulary_over_ranks_is_the_whole_vocabulary(name: str, dtype: torch
         check_grads({"hidden": mine.grads["hidden"]}, {"hidden": want.grads["hidden"]}, TOLERANCE[dtype])
     rows = {key: torch.cat([mine.grads[key] for mine in got]) for key in want.grads if key != "hidden"}
     check_grads(rows, {key: want.grads[key] for key in rows}, TOLERANCE[dtype])
+
+
+def test_shards_that_are_no_vocabulary_and_targets_beyond_it_are_refused_on_all_ranks(two_ranks: list[dict]) -> None:
+    for rank in two_ranks:
+        assert "shards (first row, rows) [(0, 5), (0, 5)] leave a gap or overlap at 5" in rank["start forgotten"]
+        assert "targets has 10: want numbers in [0, 10)" in rank["target beyond"]
+        assert rank["start given"] == ""
 
 
 def test_a_vocabulary_over_ranks_takes_one_collective_for_each_pass(two_ranks: list[dict]) -> None:

@@ -1,6 +1,6 @@
 """What a backend is: two functions on tokens that all have a label, and a head that is at hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,3 +57,8 @@ class Backend(NamedTuple):
 
     forward: Callable[[Rows, Head, bool], Tensor]
     backward: Callable[[Rows, Head, Tensor, Slope, Needs], Grads]
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """0:step, step:2 step, ... up to length."""
+    return (slice(i, min(i + step, length)) for i in range(0, length, step))

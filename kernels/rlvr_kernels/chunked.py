@@ -4,13 +4,12 @@ A tile is small enough for a core's cache, and the vocabulary is the outer loop:
 once, and its gradient is rounded once.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlvr_kernels.backend import Backend, Grads, Head, Needs, Rows
+from rlvr_kernels.backend import Backend, Grads, Head, Needs, Rows, slices
 from rlvr_kernels.sums import INF, Q0, Q1, Q2, S0, S1, S2, U_TARGET, M, Slope, empty, rescale_
 
 TOKENS, VOCABULARY = 512, 1024  # of a tile; 256 to 2048 of either changes the time on a CPU by 5 %, the memory more
@@ -32,10 +31,10 @@ def forward(rows: Rows, head: Head, moments: bool) -> Tensor:
     sums = empty(len(rows.targets), rows.inv_t)
     scaled = _scale(rows, head)
     buffers = _buffers(scaled.hidden, head, 2)
-    for vocabulary in _slices(len(head.weight), VOCABULARY):
+    for vocabulary in slices(len(head.weight), VOCABULARY):
         weight = head.weight[vocabulary].to(scaled.hidden.dtype)
         local = rows.targets - head.start - vocabulary.start
-        for tokens in _slices(len(rows.targets), TOKENS):
+        for tokens in slices(len(rows.targets), TOKENS):
             z = _logits(scaled, head, weight, tokens, vocabulary)
             e, ue = (buffer[: z.numel()].view_as(z) for buffer in buffers)
             _fold(sums[:, tokens], z, e, ue, local[tokens], moments, guard=head.bias is not None)
@@ -51,12 +50,12 @@ def backward(rows: Rows, head: Head, sums: Tensor, slope: Slope, needs: Needs) -
     grad_bias = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
     log_s0 = sums[S0].log()
     buffers = _buffers(scaled.hidden, head, 2 if slope.degree == 2 else 1)
-    for vocabulary in _slices(len(head.weight), VOCABULARY):
+    for vocabulary in slices(len(head.weight), VOCABULARY):
         weight = head.weight[vocabulary].to(dtype)
         of_weight = weight.new_zeros(weight.shape) if needs.weight else None
         of_bias = weight.new_zeros(len(weight)) if needs.bias else None
         local = rows.targets - head.start - vocabulary.start
-        for tokens in _slices(len(rows.targets), TOKENS):
+        for tokens in slices(len(rows.targets), TOKENS):
             logp = _logits(scaled, head, weight, tokens, vocabulary)
             grad, *spare = (buffer[: logp.numel()].view_as(logp) for buffer in buffers)
             bend = None
@@ -99,13 +98,9 @@ def _buffers(hidden: Tensor, head: Head, count: int) -> list[Tensor]:
     return [hidden.new_empty(size) for _ in range(count)]
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, length)) for i in range(0, length, step))
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T, by oneDNN where it can: torch.mm calls MKL, which does without AVX-512 on processors of other makers."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available() and a.size(1):
         return torch.ops.aten.linear(a.to_mkldnn(), b.to_mkldnn()).to_dense()  # DeepSpeed replaces F.linear
     return a @ b.t()
 

@@ -33,17 +33,27 @@ def choose_backend(hidden: Tensor, weight: Tensor) -> Choice:
 
 def triton_refusal(hidden: Tensor, weight: Tensor) -> str | None:
     """Why the Triton backends cannot run on these tensors, None if they can."""
+    kind = hidden.device.type
+    if kind == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        return "the tensors are on a CPU"
+    if kind not in ("cpu", "cuda") or torch.version.hip is not None:
+        return f"the kernels are for CUDA, the tensors are on {'ROCm' if torch.version.hip else kind}"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    kind = hidden.device.type
-    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the tensors are on a CPU"
-    if kind not in ("cpu", "cuda"):
-        return f"the kernels are for CUDA, the tensors are on {kind}"
+    if kind == "cpu" and not _interpreter():
+        return f"the tensors are on a CPU, and TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} does not interpret"
+    if kind == "cuda" and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(hidden.device)} has less"
     for name, x in {"hidden": hidden, "weight": weight}.items():
         if x.dtype not in HALF_OR_FLOAT:
             return f"{name} is {x.dtype}; the kernels compute in float32"
     return None
+
+
+def _interpreter() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def backend_named(name: str, hidden: Tensor, weight: Tensor) -> Backend:

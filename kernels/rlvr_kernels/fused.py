@@ -12,9 +12,10 @@ from rlvr_kernels.backend import Backend, Head, Needs, Rows
 from rlvr_kernels.dispatch import backend_named
 from rlvr_kernels.sharded import gathered, merged, scattered
 from rlvr_kernels.stats import MOMENTS, WITHOUT_GRADIENT, TokenStats, check_want, inverse_temperature
-from rlvr_kernels.sums import finish, slope
+from rlvr_kernels.sums import finish, live_tokens, slope
 
 
+@torch.compiler.disable
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -45,20 +46,21 @@ def token_stats(
     bias: [V]; -inf makes a token impossible, where there is no soft cap.   softcap: c of c * tanh(z / c).
     backend: "auto", "chunked", "triton" or "triton_fused"; see `choose_backend`.
     group: ranks among which the vocabulary is split; `weight` and `bias` are this rank's rows, from number vocab_start
-    on, hidden and targets are the same on all of them, and so are the statistics and the gradient by hidden.
+    on. Hidden, targets and the loss have to be the same on all of them; statistics and the gradient by hidden are.
     Under autocast on an accelerator the matrix products take inputs of autocast's dtype.
     Raises: ValueError for shapes, dtypes or values that do not fit, and for a backend that cannot run here.
     """
-    check_want(want)
+    want = check_want(want)
     _check_tensors(hidden, weight, targets, bias)
     _check_numbers(softcap, logit_scale, vocab_start, group)
     chosen = backend_named(backend, hidden, weight)
     like = hidden.new_empty(len(hidden), dtype=torch.promote_types(_common(hidden, weight), torch.float32))
+    labeled = _labeled(targets, ignore_index, None if group is not None else _vocabulary(weight))
     call = Call(
         backend=chosen,
         fields=tuple(name for name in TokenStats._fields if name in want),
         targets=targets,
-        labeled=_labeled(targets, ignore_index, None if group is not None else _vocabulary(weight)),
+        labeled=labeled,
         inv_t=inverse_temperature(temperature, like),
         head={"softcap": softcap, "logit_scale": logit_scale, "dtype": _input_dtype(hidden, weight)},
         group=group,
@@ -93,12 +95,13 @@ class _Statistics(torch.autograd.Function):
         with gathered(weight, bias) as (w, b), torch.autocast(hidden.device.type, enabled=False):
             head = Head(w, b, **call.head, start=call.start)
             sums = call.backend.forward(rows, head, not set(MOMENTS).isdisjoint(call.fields))
-        sums = merged(sums, call.group)
+        if call.group is not None:
+            sums = merged(sums, rows.targets, call.start, len(w), call.group)
         stats = finish(sums, call.fields)
         if call.labeled is not None:
             stats = {name: x.new_zeros(len(hidden)).index_copy(0, call.labeled, x) for name, x in stats.items()}
         ctx.call = call
-        ctx.save_for_backward(hidden, weight, bias, sums)
+        ctx.save_for_backward(hidden, weight, bias, sums, call.targets)
         ctx.mark_non_differentiable(*(stats[name] for name in WITHOUT_GRADIENT if name in stats))
         return tuple(stats[name] for name in call.fields)
 
@@ -106,19 +109,18 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable returns a constant, in silence, where grads are constants
             raise RuntimeError("token_stats has no second derivatives: differentiate it without create_graph=True")
-        hidden, weight, bias, sums = ctx.saved_tensors
-        call: Call = ctx.call
+        hidden, weight, bias, sums, targets = ctx.saved_tensors
+        call: Call = ctx.call._replace(targets=targets)  # saved, so that a change of it in between is an error
         needs = Needs(*ctx.needs_input_grad[:3])
         given = {
             name: (g if call.labeled is None else g[call.labeled]).to(sums.dtype)
             for name, g in zip(call.fields, grads, strict=True)
             if g is not None and name not in WITHOUT_GRADIENT
         }
-        of_logits = slope(sums, given)
-        live = of_logits.live.nonzero().squeeze(1)
+        live = live_tokens(given, sums[0]).nonzero().squeeze(1)
         index = live if call.labeled is None else call.labeled[live]
         rows = call.rows(hidden, index)
-        of_logits = of_logits._replace(numbers=of_logits.numbers[:, live])
+        of_logits = slope(sums[:, live], {name: g[live] for name, g in given.items()})
         with gathered(weight, bias) as (w, b), torch.autocast(hidden.device.type, enabled=False):
             head = Head(w, b, **call.head, start=call.start)
             found = call.backend.backward(rows, head, sums[:, live], of_logits, needs)
@@ -145,6 +147,10 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
             f"want floating-point hidden and weight and int64 targets, got {hidden.dtype}, {weight.dtype} and "
             f"{targets.dtype}"
         )
+    if weight.device != hidden.device or targets.device != hidden.device:
+        raise ValueError(
+            f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}: want one device"
+        )
     if bias is not None and not bias.is_floating_point():
         raise ValueError(f"want a floating-point bias, got {bias.dtype}")
 
@@ -154,8 +160,8 @@ def _check_numbers(
 ) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} must be > 0 and finite, or None for none")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale={logit_scale} must be finite")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale={logit_scale} must be > 0 and finite")
     if vocab_start < 0 or (vocab_start and group is None):
         raise ValueError(f"vocab_start={vocab_start} must be >= 0, and 0 without a group that holds the other rows")
 

@@ -57,7 +57,7 @@ def logit_stats(
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"want logits [N, V] and targets [N], got {tuple(logits.shape)} and {tuple(targets.shape)}")
-    check_want(want)
+    want = check_want(want)
 
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = z * inverse_temperature(temperature, z.detach()[:, 0]).unsqueeze(-1)

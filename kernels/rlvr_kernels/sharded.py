@@ -70,10 +70,24 @@ def scattered(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return parts.redistribute(placements=parameter.placements)
 
 
-def merged(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sums [8, N] over the vocabulary of all ranks of a group, from those over each rank's shard: one all-gather."""
-    if group is None:
-        return sums
-    parts = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, sums.contiguous(), group=group)
-    return merge(torch.stack(parts, 1))
+def merged(sums: Tensor, targets: Tensor, start: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    """Sums [8, N] over the vocabulary of all ranks of a group, from those over each rank's shard: one all-gather.
+
+    targets: [N], numbers in the whole vocabulary.   start, size: of this rank's shard; they travel with the sums.
+    Raises: ValueError, on all ranks, if the shards are no whole vocabulary or a target is beyond it.
+    """
+    place = sums.new_zeros(len(sums), 1)
+    place[0], place[1] = start, size
+    mine = torch.cat([sums, place], 1)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    both = torch.stack(parts, 1)
+    shards = sorted((int(first), int(rows)) for first, rows in both[:2, :, -1].T.tolist())
+    end = 0
+    for first, rows in shards:
+        if first != end:
+            raise ValueError(f"vocab_start: shards (first row, rows) {shards} leave a gap or overlap at {end}")
+        end += rows
+    if bool((targets >= end).any()):
+        raise ValueError(f"targets has {int(targets.max())}: want numbers in [0, {end}) or ignore_index")
+    return merge(both[..., :-1])

@@ -31,28 +31,33 @@ WITHOUT_GRADIENT = ("p_max", "is_greedy")
 MOMENTS = ("sum_p2", "sum_p_logp2", "sum_p2_logp", "sum_p2_logp2")
 
 
-def check_want(want: Collection[str]) -> None:
-    """Raises: ValueError if want names an unknown field or none."""
-    if isinstance(want, str) or not want:
+def check_want(want: Collection[str]) -> tuple[str, ...]:
+    """The names in want, each once. Raises: ValueError if one of them is unknown or there is none."""
+    names = () if isinstance(want, str) else tuple(dict.fromkeys(want))
+    if not names:
         raise ValueError(f"want={want!r}: give a list of {', '.join(TokenStats._fields)}")
-    if unknown := set(want) - set(TokenStats._fields):
+    if unknown := set(names) - set(TokenStats._fields):
         raise ValueError(f"want={sorted(unknown)} is not known; choose from {', '.join(TokenStats._fields)}")
+    return names
 
 
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature for each token: a scalar or [N] becomes [N], on the device of `like` [N] and in its dtype.
 
-    Raises: ValueError if a temperature is not positive and finite, or their number is not N.
+    Raises: ValueError if a temperature or its inverse is not positive and finite, if it wants a gradient, or if their
+    number is not N.
     """
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature} must be > 0 and finite")
-        return torch.full_like(like, 1 / temperature)
+        if not 1 / torch.finfo(like.dtype).max < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be > 0 and finite, and so must its inverse")
+        return torch.full_like(like, 1 / float(temperature))
     if temperature.shape not in ((), like.shape):
         raise ValueError(
             f"temperature has shape {tuple(temperature.shape)}: give a number, or one for each of {len(like)} tokens"
         )
-    t = temperature.detach().to(like)
-    if not bool(((t > 0) & t.isfinite()).all()):
-        raise ValueError(f"temperature={temperature} must be > 0 and finite")
-    return t.reciprocal().expand(like.shape).contiguous()
+    if temperature.requires_grad:
+        raise ValueError("temperature wants a gradient, and there is none: detach it")
+    inverse = temperature.double().reciprocal().to(like)
+    if not bool(((inverse > 0) & inverse.isfinite()).all()):
+        raise ValueError(f"temperature={temperature} must be > 0 and finite, and so must its inverse in {like.dtype}")
+    return inverse.expand(like.shape).contiguous()

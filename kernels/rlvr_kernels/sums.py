@@ -24,6 +24,7 @@ INF = float("inf")
 # Rows of the tensor [8, N] in which a backend returns its sums.
 M, S0, S1, S2, Q0, Q1, Q2, U_TARGET = range(8)
 ROWS = 8
+FAR = 1000.0  # e^-FAR is 0 in every dtype, and FAR^2 finite
 
 
 def empty(n: int, like: Tensor) -> Tensor:
@@ -35,13 +36,14 @@ def empty(n: int, like: Tensor) -> Tensor:
 
 def rescale_(sums: Tensor, m: Tensor) -> None:
     """Make sums [8, ...] relative to m >= sums[M], in place."""
-    d = torch.where(sums[M] == -INF, 0.0, m - sums[M])  # sums over no logits are all 0 and stay so
+    above = torch.where(sums[M] == -INF, 0.0, m - sums[M])  # sums over no logits are all 0 and stay so
+    d = above.clamp(max=FAR)
     a = torch.exp(-d)
     for zeroth, first, second, scale in ((S0, S1, S2, a), (Q0, Q1, Q2, a * a)):
         sums[second] = scale * (sums[second] - 2 * d * sums[first] + d * d * sums[zeroth])
         sums[first] = scale * (sums[first] - d * sums[zeroth])
         sums[zeroth] *= scale
-    sums[U_TARGET] -= d
+    sums[U_TARGET] -= above
     sums[M] = m
 
 
@@ -82,10 +84,15 @@ class Slope(NamedTuple):
     numbers: Tensor
     degree: int
 
-    @property
-    def live(self) -> Tensor:
-        """[N] bool: the tokens whose gradient is not identically zero."""
-        return (self.numbers != 0).any(0)
+
+def live_tokens(grads: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """[N] bool, N as in `like`: the tokens with a gradient by any statistic. What the others' statistics are, be it
+    NaN, does not matter.
+    """
+    live = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+    for g in grads.values():
+        live |= g != 0
+    return live
 
 
 def slope(sums: Tensor, grads: Mapping[str, Tensor]) -> Slope:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlvr_kernels.backend import Backend, Grads, Head, Needs, Rows
+from rlvr_kernels.backend import Backend, Grads, Head, Needs, Rows, slices
 from rlvr_kernels.sums import ROWS, S0, M, Slope, empty, merge
 from rlvr_kernels.triton_kernels import fused_stats, tile_grad, tile_stats
 
@@ -76,7 +76,7 @@ def forward(rows: Rows, head: Head, moments: bool) -> Tensor:
     rows, head = _prepared(rows, head)
     sums = empty(len(rows.targets), rows.inv_t)
     buffer = _buffer(rows, head)
-    for vocabulary in _slices(len(head.weight), SIZES.vocabulary):
+    for vocabulary in slices(len(head.weight), SIZES.vocabulary):
         for tokens, tile in _tiles(rows, _part(head, vocabulary), buffer):
             of_tile = sums[:, tokens]
             grid = (triton.cdiv(of_tile.size(1), SIZES.tile_stats["ROWS"]),)
@@ -112,7 +112,7 @@ def backward(rows: Rows, head: Head, sums: Tensor, slope: Slope, needs: Needs) -
     buffer = _buffer(rows, head)
     step = _split(n)
     room = rows.hidden.new_empty(n, min(step, len(head.weight)))
-    for split in _slices(len(head.weight), step):
+    for split in slices(len(head.weight), step):
         part = _part(head, split)
         dlogits = room[:, : len(part.weight)]
         _write_gradient(dlogits, rows, part, sums, slope, buffer)
@@ -133,7 +133,7 @@ def _write_gradient(out: Tensor, rows: Rows, head: Head, sums: Tensor, slope: Sl
     """out: [N, V], dlogits of a part of the vocabulary, which is a head of its own."""
     m, log_s0, numbers = sums[M].contiguous(), sums[S0].log(), slope.numbers.contiguous()
     block = SIZES.tile_grad
-    for vocabulary in _slices(len(head.weight), SIZES.vocabulary):
+    for vocabulary in slices(len(head.weight), SIZES.vocabulary):
         for tokens, tile in _tiles(rows, _part(head, vocabulary), buffer):
             to = out[tokens, vocabulary]
             grid = (triton.cdiv(to.size(0), block["ROWS"]), triton.cdiv(to.size(1), block["COLUMNS"]))
@@ -156,7 +156,7 @@ def _part(head: Head, vocabulary: slice) -> Head:
 
 def _tiles(rows: Rows, head: Head, buffer: Tensor) -> Iterator[tuple[slice, tuple[Any, ...]]]:
     """Slices of tokens with what both kernels take of their tile, the products in buffer first."""
-    for tokens in _slices(len(rows.targets), SIZES.tokens):
+    for tokens in slices(len(rows.targets), SIZES.tokens):
         hidden = rows.hidden[tokens]
         shape = (len(hidden), len(head.weight))
         x = _product(buffer[: shape[0] * shape[1]].view(shape), hidden, head.weight.t())
@@ -174,10 +174,6 @@ def _split(n: int) -> int:
     return min(SIZES.split, max(tiles, 1) * SIZES.vocabulary)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, length)) for i in range(0, length, step))
-
-
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
     """Write a b to out, or add it. out is float32, and so are the sums inside the product, whatever a and b are."""
     if a.device.type == "cpu":
@@ -187,13 +183,11 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
 
 
 def _rounded_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write a b to out, summed up in float32 and rounded once."""
-    if out.dtype == torch.float32:
-        _product(out, a, b)
-    elif out.dtype == a.dtype and a.device.type == "cuda":
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(_product(a.new_empty(out.shape, dtype=torch.float32), a, b))
+    """Write a b to out, rounded once: a product that is half precision itself may add up parts in half precision."""
+    whole = out if out.dtype == torch.float32 else a.new_empty(out.shape, dtype=torch.float32)
+    _product(whole, a, b)
+    if whole is not out:
+        out.copy_(whole)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -22,8 +22,11 @@ def _logits(x, inv_t, bias_ptr, columns, inside, scale, cap):
     z = x * scale
     slope = scale * inv_t[:, None]
     if cap is not None:
-        e = tl.exp(-2.0 * tl.abs(z) / cap)
-        tanh = (1.0 - e) / (1.0 + e)  # of |z| / cap
+        t = tl.abs(z) / cap
+        e = tl.exp(-2.0 * t)
+        t2 = t * t
+        series = t * (1.0 + t2 * (-1.0 / 3.0 + t2 * (2.0 / 15.0 - t2 * (17.0 / 315.0))))
+        tanh = tl.where(t < 0.1, series, (1.0 - e) / (1.0 + e))  # 1 - e cancels for small t
         z = tl.where(z < 0, -cap, cap) * tanh
         slope = slope * (1.0 - tanh * tanh)
     return tl.where(inside[None, :], z * inv_t[:, None], float("-inf")), slope
@@ -40,7 +43,8 @@ def _fold(sums, z, at_target, MOMENTS: tl.constexpr):
     """The sums of `rlvr_kernels.sums`, a tuple of eight [R], with a block of logits added."""
     m, s0, s1, s2, q0, q1, q2, u_target = sums
     above = tl.maximum(m, tl.max(z, axis=1))
-    d = tl.where(m == float("-inf"), 0.0, above - m)  # sums over no logits are all 0 and stay so
+    up = tl.where(m == float("-inf"), 0.0, above - m)  # sums over no logits are all 0 and stay so
+    d = tl.minimum(up, 1000.0, propagate_nan=tl.PropagateNan.ALL)  # e^-1000 is 0 already, 1000^2 finite
     reference = tl.where(above == float("-inf"), 0.0, above)
     here = tl.max(tl.where(at_target, z, float("-inf")), axis=1) - reference
     u = _finite(z - reference[:, None])
@@ -54,11 +58,12 @@ def _fold(sums, z, at_target, MOMENTS: tl.constexpr):
         q0 = a * a * q0 + tl.sum(e * e, axis=1)
     s1 = a * (s1 - d * s0) + tl.sum(ue, axis=1)
     s0 = a * s0 + tl.sum(e, axis=1)
-    return above, s0, s1, s2, q0, q1, q2, tl.maximum(u_target - d, here)
+    return above, s0, s1, s2, q0, q1, q2, tl.maximum(u_target - up, here)
 
 
 @triton.jit
 def _load_sums(ptr, stride, live):
+    stride = stride.to(tl.int64)
     return (
         tl.load(ptr, mask=live, other=float("-inf")),
         tl.load(ptr + stride, mask=live, other=0.0),
@@ -73,11 +78,12 @@ def _load_sums(ptr, stride, live):
 
 @triton.jit
 def _store_sums(ptr, stride, live, sums):
+    stride = stride.to(tl.int64)
     for i in tl.static_range(8):
         tl.store(ptr + i * stride, sums[i], mask=live)
 
 
-@triton.jit(do_not_specialize=["n", "width", "first"])
+@triton.jit(do_not_specialize=["n", "width", "first", "sums_stride"])
 def tile_stats(
     x_ptr, x_stride, n, width, first, targets_ptr, inv_t_ptr, bias_ptr, scale, cap, sums_ptr, sums_stride,
     MOMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -96,7 +102,7 @@ def tile_stats(
     _store_sums(sums_ptr + rows, sums_stride, live, sums)
 
 
-@triton.jit(do_not_specialize=["n", "vocabulary", "first"])
+@triton.jit(do_not_specialize=["n", "vocabulary", "first", "sums_stride"])
 def fused_stats(
     hidden_ptr, hidden_row, hidden_column, weight_ptr, weight_row, weight_column, n, vocabulary, width, first,
     targets_ptr, inv_t_ptr, bias_ptr, scale, cap, sums_ptr, sums_stride,
@@ -134,7 +140,7 @@ def fused_stats(
     _store_sums(sums_ptr + part.to(tl.int64) * n + rows, sums_stride, live, sums)
 
 
-@triton.jit(do_not_specialize=["n", "width", "first"])
+@triton.jit(do_not_specialize=["n", "width", "first", "slope_stride"])
 def tile_grad(
     x_ptr, x_stride, n, width, first, targets_ptr, inv_t_ptr, bias_ptr, scale, cap,
     out_ptr, out_stride, m_ptr, log_s0_ptr, slope_ptr, slope_stride,
