@@ -57,6 +57,7 @@ class Turns:
         self.order = [side for i in range(rounds) for side in sides[i % len(sides) :] + sides[: i % len(sides)]]
         self.seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}  # whole, generation
         self._next = 0
+        self.started = threading.Barrier(len(sides))  # starting draws random numbers, which all sides share
         self._change = threading.Condition()
 
     def wait(self, side: str) -> None:
@@ -85,6 +86,8 @@ class Turn(TrainerCallback):
             self._end()
             if state.global_step == 2:
                 self.first = {name: p.detach().clone() for name, p in model.named_parameters()}
+            if state.global_step == 0:
+                self.turns.started.wait()
             self.turns.wait(self.side)
             self._rounds += 1
             torch.manual_seed(self._rounds)  # the same completions on all sides

@@ -10,9 +10,10 @@ import transformers
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
+from rlvr.errors import ConfigError
 from rlvr.theory import entropy
 from rlvr.trainers.forward import completion_statistics
-from rlvr.trainers.head import add_token_stats
+from rlvr.trainers.head import add_token_stats, check_token_stats
 
 SIZES = {
     "vocab_size": 97,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.3},
     "Granite": {"logits_scaling": 4.0},
     "Phi": {},  # its head has a bias
+    "GPT2": {"n_embd": 16, "n_head": 2, "n_layer": 2},  # learns positions: padding must not count
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1},
 }
 MASK = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
@@ -45,7 +47,7 @@ IDS = torch.randint(3, 97, MASK.shape, generator=torch.Generator().manual_seed(0
 def tiny(family: str) -> Any:
     config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family])
     torch.manual_seed(1)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         torch.nn.init.normal_(head.bias)
@@ -53,7 +55,12 @@ def tiny(family: str) -> Any:
 
 
 def expected(model: Any, temperature: float) -> dict[str, Tensor]:
-    logits = model(IDS, attention_mask=MASK).logits[:, 2:-1][TRAINED] / temperature
+    """Of each row passed alone and without its padding, as it was generated."""
+    rows = []
+    for ids, mask, trained in zip(IDS, MASK.bool(), TRAINED, strict=True):
+        predicted_by = torch.cat([trained.new_zeros(2), trained, trained.new_zeros(1)])
+        rows.append(model(ids[mask][None]).logits[0][predicted_by[mask]])
+    logits = torch.cat(rows) / temperature
     logps = logits.log_softmax(-1).gather(-1, IDS[:, 3:][TRAINED][:, None])[:, 0]
     return {"logps": logps, "entropy": entropy(logits)}
 
@@ -145,8 +152,36 @@ def test_bfloat16_weights_give_float32_statistics() -> None:
     model = tiny("Llama").bfloat16()
     add_token_stats(model, temperature=1.0)
     found, _ = completion_statistics(model, IDS, MASK, TRAINED, ("logps", "entropy"))
-    hidden = model.base_model(IDS[:, :7], attention_mask=MASK[:, :7]).last_hidden_state[:, 2:-1][TRAINED[:, :-1]]
+    ids, mask = IDS[:, :7], MASK[:, :7]
+    outputs = model.base_model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    hidden = outputs.last_hidden_state[:, 2:-1][TRAINED[:, :-1]]
     exact = hidden.double() @ model.lm_head.weight.double().T
     want = exact.log_softmax(-1).gather(-1, IDS[:, 3:][TRAINED][:, None])[:, 0]
     assert found["logps"].dtype == torch.float32
     torch.testing.assert_close(found["logps"][TRAINED].double(), want, rtol=0, atol=1e-5)
+
+
+def test_a_head_that_does_more_is_refused() -> None:
+    model = tiny("Llama")
+    add_token_stats(model, temperature=0.7)
+    check_token_stats(model, 0.7)
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: plain(torch.tanh(hidden))
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM's head does more .* use_trl_head: true"):
+        check_token_stats(model, 0.7)
+
+
+def test_the_check_allows_for_rounded_logits() -> None:
+    model = tiny("Llama").bfloat16()
+    add_token_stats(model, temperature=0.7)
+    check_token_stats(model, 0.7)
+
+
+def test_router_losses_of_families_that_name_their_experts_otherwise() -> None:
+    config = transformers.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, logits_scaling=4.0)
+    model = transformers.GraniteMoeForCausalLM(config).eval()
+    want = model(IDS, attention_mask=MASK, output_router_logits=True).aux_loss
+    add_token_stats(model, temperature=1.0)
+    _, found = completion_statistics(model, IDS, MASK, TRAINED, ("logps",), router_loss=True)
+    assert found is not None
+    assert found.item() == pytest.approx(want.item(), rel=0.05)  # the last column, padding, is left out of ours

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from test_grpo_trainer import trainer, weights
 
+import rlvr_kernels
 from rlvr.objective import idle_sequences, policy_loss
 from rlvr.surrogates import SURROGATES
 from rlvr.types import Coefficients, Tokens
@@ -83,6 +85,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "sequence means": {"num_iterations": 2, "surrogate": "gspo", "loss_type": "grpo"},
     "own denominators": {"num_iterations": 2, "loss_type": "bnpo"},
     "shared prompts": {"num_iterations": 2, "share_prompts": True},
+    "leave one out": {"num_iterations": 2, "advantage_estimator": "leave_one_out"},
+    "a token budget": {"num_iterations": 2, "controls": [{"name": "token_budget", "tokens": 60}]},
 }
 
 
@@ -107,6 +111,41 @@ def test_training_is_the_same_as_with_them(settings: dict[str, Any], tiny_model_
     if settings["num_iterations"] == 2:  # the rollout's own pass has measured what is skipped
         measured = {skip: sum(rows for rows, grad in made if not grad) for skip, made in passes.items()}
         assert measured[True] == measured[False]
+
+
+def test_a_thermostat_steers_by_the_entropy_of_the_policy_at_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """It reads each step's entropy, so that in later updates all sequences are measured anew."""
+    levers, skipped = {}, {}
+    for skip in (True, False):
+        one = trainer(
+            tiny_model_dir,
+            tmp_path / str(skip),
+            skip_idle_sequences=skip,
+            per_device_train_batch_size=16,
+            max_steps=4,
+            num_iterations=4,
+            controls=[{"name": "kl_cov", "fraction": 0.1}],
+            thermostat={"lever": "kl_cov.coef", "low": 1e-3, "high": 1e-2, "lowest": 0.0, "highest": 5.0},
+        )
+        one.train()
+        history = [entry for entry in one.state.log_history if "loss" in entry]
+        levers[skip] = [entry["thermostat/value"] for entry in history]
+        skipped[skip] = [entry["policy/skipped"] > 0 for entry in history]
+    assert skipped[True] == [True, False, False, False]
+    assert levers[True] == pytest.approx(levers[False], rel=1e-5)
+
+
+def test_what_has_moved_is_told_of_the_sequences_that_were_passed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In a later update skipped sequences are not counted as if they had not moved; they do count as tokens."""
+    found = {}
+    for skip in (True, False):
+        out = tmp_path / str(skip)
+        settings = {"per_device_train_batch_size": 16, "max_steps": 2, "num_iterations": 2, "learning_rate": 0.5}
+        one = trainer(tiny_model_dir, out, skip_idle_sequences=skip, **settings)
+        one.train()
+        found[skip] = one.step_metrics
+    assert found[True]["policy/tokens"] == found[False]["policy/tokens"]
+    assert found[True]["policy/kl_old"] > found[False]["policy/kl_old"]
 
 
 def test_skipped_sequences_are_in_every_metric(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -155,3 +194,34 @@ def test_what_may_push_them_keeps_them(settings: dict[str, Any], tiny_model_dir:
     one.train()
     assert one.step_metrics["policy/skipped"] == 0
     assert one.step_metrics["reward/zero_variance_groups"] > 0
+
+
+def test_what_a_tool_said_is_passed_but_not_projected(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when log-probs are recomputed nor in an update."""
+    one = trainer(
+        tiny_model_dir,
+        tmp_path,
+        per_device_train_batch_size=16,
+        max_steps=2,
+        num_iterations=2,
+        skip_idle_sequences=False,
+    )
+    generate, said, projected = trl.GRPOTrainer._generate, [], []
+
+    def with_a_tool(self: Any, prompts: list[Any]) -> Any:
+        """The first token of each longer completion is a tool's."""
+        ids, completions, _, *rest = generate(self, prompts)
+        mask = [[int(i > 0 or len(tokens) == 1) for i in range(len(tokens))] for tokens in completions]
+        said.append(sum(map(sum, mask)))
+        return (ids, completions, mask, *rest)
+
+    statistics = rlvr_kernels.token_stats
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate", with_a_tool)
+    monkeypatch.setattr(
+        rlvr_kernels, "token_stats", lambda h, *a, **k: projected.append(len(h)) or statistics(h, *a, **k)
+    )
+    one.train()
+    assert projected == [said[0]] * 3
+    assert one.step_metrics["policy/tokens"] == said[0]

@@ -29,7 +29,6 @@ class ControlledTrainer(MeasuringTrainer):
     args: GRPOConfig
     meter: StepMeter
     reduce: AcceleratorReduce
-    _rollout_step: int  # optimizer steps before this rollout
     _rollout_number: int
     _parity_checked: bool
     probe: EntropyProbe
@@ -120,7 +119,8 @@ class ControlledTrainer(MeasuringTrainer):
             z_loss = self._z_loss.take()
             loss = loss + self._z_loss.coef * z_loss / self.current_gradient_accumulation_steps
             metrics["policy/router_z_loss"] = Mean.of(z_loss)
-        self.meter.add({**step_means(tokens, ratio, clipped, coefficients), **metrics}, loss)
+        stale = self._idle(inputs)[tokens.sequence] if self._later_update else None
+        self.meter.add({**step_means(tokens, ratio, clipped, coefficients, stale), **metrics}, loss)
         if tokens.rollout_logps is not None:
             self.meter.add_mismatch(measure_mismatch(tokens.old_logps, tokens.rollout_logps))
         self.run_callback.sample_tokens(inputs, tokens, coefficients)
@@ -144,8 +144,7 @@ class ControlledTrainer(MeasuringTrainer):
         by rounding, and the sign function in KL-Cov's penalty would turn noise of 1e-6 into a gradient.
         """
         old: Tensor | None = inputs.get("old_per_token_logps")
-        first_update = self.state.global_step == self._rollout_step
-        if old is None or (first_update and self.args.control_list):
+        if old is None or (self.args.control_list and not self._later_update):
             return logps.detach()
         return old
 
@@ -153,8 +152,8 @@ class ControlledTrainer(MeasuringTrainer):
         """(what the sum over a micro-batch is divided by, what is divided by afterwards).
 
         The counts span the rollout; they are scaled to one accumulation window as TRL does, and multiplied by the
-        ranks
-        over which the gradients are averaged. The order of the divisions is TRL's, so that results are equal exactly.
+        ranks over which the gradients are averaged. The order of the divisions is TRL's, so that results are equal
+        exactly.
         """
         ranks, per_rollout = self.accelerator.num_processes, self.args.steps_per_generation
         accumulation = self.current_gradient_accumulation_steps

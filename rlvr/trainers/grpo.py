@@ -23,7 +23,7 @@ from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
-from rlvr.trainers.head import add_token_stats, require_own_passes
+from rlvr.trainers.head import add_token_stats, check_token_stats, require_own_passes, shards_parameters
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, saved_state
@@ -38,7 +38,7 @@ class GRPOTrainer(ControlledTrainer):
 
     task_description: a line for the header.   run_config: settings that belong into run.json beside `args`.
 
-    With no controls its weights equal stock TRL's exactly.
+    With no controls its weights equal stock TRL's, exactly with `use_trl_head` and up to rounding without.
     Differs from TRL: sequences that are masked out whole leave the mean over sequences.
     Raises: ConfigError for what can be seen before the model is loaded; EngineMismatchError when engine and trainer
     disagree about the log-probs of the completions.
@@ -70,6 +70,8 @@ class GRPOTrainer(ControlledTrainer):
             require_full_attention(self.accelerator.unwrap_model(self.model))
             if self.aux_loss_enabled or args.router_z_loss_coef or self._is_vlm:
                 raise ConfigError("share_prompts=True takes no images and no router losses: set it to false")
+        if args.n_gpu > 1:
+            raise ConfigError(f"one process for {args.n_gpu} GPUs: start one for each, with accelerate launch")
         self._own_head = not (args.use_trl_head or self._is_vlm)
         if self._own_head:
             self._add_heads()
@@ -108,6 +110,8 @@ class GRPOTrainer(ControlledTrainer):
                 model = self.accelerator.unwrap_model(wrapped)
                 base = model.get_base_model() if hasattr(model, "get_base_model") else model
                 add_token_stats(base, temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
+        if not shards_parameters(self):
+            check_token_stats(self.accelerator.unwrap_model(self.model), self.temperature)
 
     # ---------------------------------------------------------------------------------------------- rollouts
 

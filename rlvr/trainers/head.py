@@ -5,6 +5,7 @@ other.
 """
 
 from functools import wraps
+from inspect import signature
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ def add_token_stats(model: Any, *, temperature: float, float32: bool = False) ->
     """
     before = model.forward
     config = model.config.get_text_config()
-    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+    softcap, scale = _first(config, SOFT_CAPS), _logit_scale(config)
+    takes_positions = "position_ids" in signature(type(model).forward).parameters
 
     @wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def forward(self: Any, *args: Any, token_stats: Asked | None = None, **kwargs: Any) -> Any:
@@ -51,10 +53,14 @@ def add_token_stats(model: Any, *, temperature: float, float32: bool = False) ->
             return before(*args, **kwargs)
         kwargs.pop("labels", None)  # an adapter passes it on, as None
         kwargs["use_cache"] = False
+        if takes_positions and "position_ids" not in kwargs:  # by default padding counts, though not in generation
+            kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
-        hidden = outputs.last_hidden_state[token_stats.rows, token_stats.columns].to(weight.device)
+        hidden = outputs.last_hidden_state
+        here = hidden.device
+        hidden = hidden[token_stats.rows.to(here), token_stats.columns.to(here)].to(weight.device)
         device = hidden.device.type
         with torch.autocast(device, enabled=not float32 and torch.is_autocast_enabled(device)):
             stats = rlvr_kernels.token_stats(
@@ -67,30 +73,62 @@ def add_token_stats(model: Any, *, temperature: float, float32: bool = False) ->
                 logit_scale=scale,
                 want=token_stats.want,
             )
+        stats = rlvr_kernels.TokenStats(*(x if x is None else x.to(token_stats.rows.device) for x in stats))
         balanced = kwargs.get("output_router_logits")
         return Measured(stats, _router_loss(outputs, config, kwargs.get("attention_mask")) if balanced else None)
 
     model.forward = MethodType(forward, model)
 
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+@torch.no_grad()
+def check_token_stats(model: Any, temperature: float) -> None:
+    """Compare with the logits of the model's own forward on a few tokens: some families do more in their head than
+    weight, bias, scale and soft cap.
+
+    model: bare or with an adapter, with `add_token_stats` and whole weights.   Raises: ConfigError if they differ.
+    """
+    device = model.get_output_embeddings().weight.device
+    ids = torch.arange(2, 10, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    columns = torch.arange(-len(ids[0]), -1, device=device)
+    asked = Asked(torch.zeros_like(columns), columns, ids[0, 1:], ("logps",))
+    mask = torch.ones_like(ids)
+    found = model(input_ids=ids, attention_mask=mask, token_stats=asked).stats.logps
+    logits = model(input_ids=ids, attention_mask=mask).logits[0, :-1]
+    model.train(training)
+    want = (logits.float() / temperature).log_softmax(-1).gather(-1, asked.targets[:, None].to(logits.device))[:, 0]
+    apart = float((found.to(want) - want).abs().max())
+    rounding = 8 * torch.finfo(logits.dtype).eps * float(logits[logits.isfinite()].abs().max()) / temperature
+    if not apart <= 1e-3 + rounding:
+        raise ConfigError(
+            f"{type(model).__name__}'s head does more than rlvr_kernels knows: log-probs differ by {apart:.2g} nats "
+            "from its own logits; set use_trl_head: true if TRL knows it"
+        )
+
+
+def _first(config: Any, keys: tuple[str, ...]) -> float | None:
+    return next((float(x) for key in keys if (x := getattr(config, key, None)) is not None), None)
+
+
 def _logit_scale(config: Any) -> float:
     """What some families multiply their logits by, before the soft cap."""
-    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, key, None) is not None:
-            return float(getattr(config, key))
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
+    scale, divisor = _first(config, SCALES), getattr(config, "logits_scaling", None)
+    if scale is not None or divisor is None:
+        return 1.0 if scale is None else scale
     return float(divisor if config.model_type == "hyperclovax" else 1 / divisor)  # the one family that multiplies
 
 
 def _router_loss(outputs: Any, config: Any, attention_mask: Tensor | None) -> Tensor:
-    """Mixtral's load-balancing loss, which every family of experts in transformers uses."""
+    """Mixtral's load-balancing loss, as TRL takes it of all families of experts."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    loss: Tensor = load_balancing_loss_func(
-        outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
-    )
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    loss: Tensor = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
     return loss
 
 

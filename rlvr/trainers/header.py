@@ -102,7 +102,8 @@ def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
     rows.append(
         (
             "entropy",
-            f"exact, nats, of softmax(z / {args.temperature:g}), mean over the trained tokens of the step, all ranks",
+            f"exact, nats, of softmax(z / {args.temperature:g}), mean over the trained tokens of the step, all ranks"
+            + (", skipped ones as of the rollout" if args.skip_idle_sequences and trainer._own_head else ""),
         )
     )
     return rows

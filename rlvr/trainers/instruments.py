@@ -17,10 +17,19 @@ from rlvr.types import Coefficients, Mean, Metrics, Reduce, Tokens
 
 
 @torch.no_grad()
-def step_means(tokens: Tokens, ratio: Tensor, clipped: Clipped, coefficients: Coefficients) -> dict[str, Mean]:
-    """Means over the tokens of one micro-batch; keys are those of `rlvr.monitor.metrics.METRICS`."""
-    keep = coefficients.keep
-    if keep is not None:  # what a control took out of the loss is no trained token
+def step_means(
+    tokens: Tokens, ratio: Tensor, clipped: Clipped, coefficients: Coefficients, stale: Tensor | None = None
+) -> dict[str, Mean]:
+    """Means over the tokens of one micro-batch; keys are those of `rlvr.monitor.metrics.METRICS`.
+
+    stale: bool [N], tokens of which only what the rollout's policy made of them is known: they count in the entropy
+    alone, and would hide how far the others have moved.
+    """
+    keep = torch.ones_like(tokens.logps, dtype=torch.bool) if coefficients.keep is None else coefficients.keep
+    entropy = None if tokens.entropy is None else tokens.entropy[keep]
+    if stale is not None:
+        keep = keep & ~stale
+    if not keep.all():  # what a control took out of the loss is no trained token
         tokens, ratio, coefficients = tokens.select(keep), ratio[keep], coefficients.select(keep)
         clipped = clipped.select(keep)
     log_ratio = tokens.logps - tokens.old_logps
@@ -33,8 +42,8 @@ def step_means(tokens: Tokens, ratio: Tensor, clipped: Clipped, coefficients: Co
     }
     if clipped.dual is not None:
         means["clip/dual"] = Mean.of(clipped.dual)
-    if tokens.entropy is not None:
-        means["entropy/mean"] = Mean.of(tokens.entropy)
+    if entropy is not None:
+        means["entropy/mean"] = Mean.of(entropy)
     if tokens.ref_logps is not None:
         means["policy/reference_kl"] = Mean.of(reference_kl(tokens))
     if coefficients.weight is not None:
@@ -95,8 +104,8 @@ class StepMeter:
         reduced = reduce_means(means, self._accelerator)
         metrics = {name: _over_rollouts(name, values) for name, values in self._rollout.items()}
         metrics |= {name: mean.value() for name, mean in reduced.items() if mean.count}  # nothing measured: absent
-        if "policy/ratio" in reduced:
-            metrics["policy/tokens"] = float(reduced["policy/ratio"].count)
+        if "entropy/mean" in reduced:
+            metrics["policy/tokens"] = float(reduced["entropy/mean"].count)
         mismatch = None
         if self._mismatch is not None:
             mismatch = self._mismatch.reduced(self._reduce)

@@ -23,6 +23,7 @@ class MeasuringTrainer(HeldOutTrainer):
 
     args: GRPOConfig
     steering: Steering
+    _rollout_step: int  # optimizer steps before this rollout
     _own_head: bool  # else TRL's computes log-probs and entropy
     _measured: Statistics | None  # of the rollout, by the policy that made it; each (B, T)
     _tool_mask: list[list[int]] | None  # of the rollout at hand, where there are tools: 0 for their output
@@ -45,7 +46,7 @@ class MeasuringTrainer(HeldOutTrainer):
             trained = attention_mask[:, -logits_to_keep:].bool()
             if self._tool_mask is not None:
                 trained = trained & bridge.padded_mask(self._tool_mask, trained)
-            want = ("logps",) if model is self.ref_model else self._wanted("rollout")
+            want = ("logps",) if model is self.ref_model or self._measured is not None else self._wanted("rollout")
             found, aux_loss = self._pass(model, input_ids, attention_mask, trained, want, batch_size)
         else:
             options["compute_entropy"] = model is not self.ref_model
@@ -112,31 +113,47 @@ class MeasuringTrainer(HeldOutTrainer):
             return *self._batch_pass(model, batch, want), metrics
         active, rest = (~idle).nonzero().squeeze(1), idle.nonzero().squeeze(1)
         known = bridge.measured(batch, rest) or self.moments(bridge.take(batch, rest), want)
-        if not len(active):  # there has to be a graph, and other ranks may wait for a pass: a gradient of zeros
-            one = bridge.trained_mask(batch).sum(1).argmin().unsqueeze(0)
-            passed, aux_loss = self._batch_pass(model, bridge.take(batch, one), want)
-            return {name: known[name] + (x - x.detach()).sum() for name, x in passed.items()}, aux_loss, metrics
+        if not len(active):
+            return self._connected(model, batch, known), None, metrics
         trained, aux_loss = self._batch_pass(model, bridge.take(batch, active), want)
         order = torch.cat([active, rest]).argsort()
         both = {name: torch.cat([x, known[name].to(x.dtype)])[order] for name, x in trained.items()}
         return both, aux_loss, metrics
 
+    def _connected(self, model: Any, batch: dict[str, Any], known: Statistics) -> Statistics:
+        """What is known of a micro-batch, with a gradient of zeros through the shortest of its sequences: there has to
+        be a graph, and other ranks may wait for a pass.
+        """
+        shortest = bridge.trained_mask(batch).sum(1).argmin().unsqueeze(0)
+        passed, _ = self._batch_pass(model, bridge.take(batch, shortest), tuple(known))
+        finite = {name: x.masked_fill(~x.isfinite(), 0.0) for name, x in passed.items()}
+        return {name: known[name] + (x - x.detach()).sum() for name, x in finite.items()}
+
+    @property
+    def _may_skip(self) -> bool:
+        """Whether sequences that are not pushed may be left out of the pass at hand; the same on all ranks."""
+        pushed = self.beta or self.aux_loss_enabled or self._z_loss is not None or self.steering.surrogate.penalizes
+        decided_later = self.steering.scoped("micro_batch")  # from statistics of all tokens
+        steered = self.steering.observes and self._later_update  # by the entropy of this very policy
+        return self.args.skip_idle_sequences and not (pushed or decided_later or steered)
+
+    @property
+    def _later_update(self) -> bool:
+        """Whether the policy has been updated since it made the rollout."""
+        return self.state.global_step != self._rollout_step
+
     def _idle(self, batch: dict[str, Any]) -> Tensor:
         """Which sequences (B,) of a micro-batch are not trained on, because exactly nothing would come of it."""
         mask = bridge.trained_mask(batch)
         none = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        everywhere = (
-            self.beta or self.aux_loss_enabled or self._z_loss is not None or self.steering.surrogate.penalizes
-        )
-        decided_later = self.steering.scoped("micro_batch")  # from statistics of all tokens
-        if not self.args.skip_idle_sequences or everywhere or decided_later:
+        if not self._own_head or not self._may_skip:
             return none
-        unknown = torch.zeros(mask.shape, device=mask.device)
         if bridge.measured(batch, none) is None and shards_parameters(self):
             return none  # to measure them would be a pass that other ranks do not make
-        tokens = self._tokens(batch, unknown, unknown, None)
+        sequence = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
+        advantages = batch["advantages"].view(len(mask), -1).expand_as(mask)[mask]
         coefficients = combined(bridge.attached(batch) | bridge.engine_correction(batch))
-        return idle_sequences(tokens.advantages, coefficients, tokens.sequence, tokens.num_sequences)
+        return idle_sequences(advantages, coefficients, sequence, len(mask))
 
     @torch.no_grad()
     def moments(self, batch: Mapping[str, Any], want: Collection[str]) -> Statistics:

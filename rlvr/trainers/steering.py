@@ -50,6 +50,13 @@ class Steering:
         """What each control of a scope decides, by its name."""
         return decide(self.scoped(scope), tokens, clipped, reduce)
 
+    @property
+    def observes(self) -> bool:
+        """Whether something steers by the entropy of each step."""
+        return self.thermostat is not None or any(
+            type(control).observe is not Control.observe for control in self.controls.values()
+        )
+
     def observe(self, entropy: float) -> dict[str, float]:
         """Take in the entropy of a finished step, over all ranks; returns what the thermostat has to tell."""
         self.controls = {name: control.observe(entropy) for name, control in self.controls.items()}
