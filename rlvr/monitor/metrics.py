@@ -36,10 +36,9 @@ _ROWS: dict[str, Metric] = {
     "policy/router_aux_loss": Metric("1", "load-balancing loss of a mixture-of-experts model, before its coefficient"),
     "policy/router_z_loss": Metric("1", "z-loss of the expert routers, before its coefficient"),
     "policy/skipped": Metric(
-        "fraction",
-        "sequences without any gradient, not trained on; in all metrics they count as the rollout's own pass saw them",
+        "fraction", "sequences without any gradient, not trained on; entropy counts them as of the rollout"
     ),
-    "policy/tokens": Metric("tokens", "tokens trained on: the denominator of the token means"),
+    "policy/tokens": Metric("tokens", "tokens of the step, skipped sequences included: the token means are over them"),
     "policy/weight": Metric("1", "mean weight on the surrogate, from controls and the engine correction", "near 1"),
     # entropy
     "entropy/mean": Metric("nats", "exact entropy of softmax(z / temperature), mean over the trained tokens"),
