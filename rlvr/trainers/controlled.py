@@ -85,7 +85,7 @@ class ControlledTrainer(MeasuringTrainer):
     # ---------------------------------------------------------------------------------------------- loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        statistics, aux_loss, passed = self._current_statistics(model, inputs)
+        statistics, aux_loss, skipped = self._current_statistics(model, inputs)
         logps, entropy, discriminator = statistics["logps"], statistics["entropy"], _discriminator(statistics)
         tokens = self._tokens(inputs, logps, self._old_logps(inputs, logps), entropy, discriminator)
         surrogate = self.steering.surrogate
@@ -111,7 +111,7 @@ class ControlledTrainer(MeasuringTrainer):
         if self.probe.wants(self.state.global_step):
             self.probe.watch(self.state.global_step, inputs, tokens, objective, by_control)
         self.diagnostics.add(tokens if coefficients.keep is None else tokens.select(coefficients.keep))
-        metrics = {**passed, **metrics_of(micro)}
+        metrics = {"policy/skipped": Mean.of(skipped), **metrics_of(micro)}
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             metrics["policy/router_aux_loss"] = Mean.of(torch.as_tensor(aux_loss))
@@ -119,7 +119,7 @@ class ControlledTrainer(MeasuringTrainer):
             z_loss = self._z_loss.take()
             loss = loss + self._z_loss.coef * z_loss / self.current_gradient_accumulation_steps
             metrics["policy/router_z_loss"] = Mean.of(z_loss)
-        stale = self._idle(inputs)[tokens.sequence] if self._later_update else None
+        stale = skipped[tokens.sequence] if self._later_update else None
         self.meter.add({**step_means(tokens, ratio, clipped, coefficients, stale), **metrics}, loss)
         if tokens.rollout_logps is not None:
             self.meter.add_mismatch(measure_mismatch(tokens.old_logps, tokens.rollout_logps))

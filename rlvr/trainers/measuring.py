@@ -15,7 +15,6 @@ from rlvr.trainers.head import shards_parameters
 from rlvr.trainers.heldout import HeldOutTrainer
 from rlvr.trainers.router import RouterZLoss
 from rlvr.trainers.steering import Steering, combined
-from rlvr.types import Mean, Metrics
 
 
 class MeasuringTrainer(HeldOutTrainer):
@@ -98,27 +97,28 @@ class MeasuringTrainer(HeldOutTrainer):
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
         return self._pass(model, ids, mask, bridge.trained_mask(batch), want, batch_size)
 
-    def _current_statistics(self, model: Any, batch: dict[str, Any]) -> tuple[Statistics, Tensor | None, Metrics]:
-        """Of the policy that is trained, with gradient for the sequences that have one; the routers' loss; metrics."""
+    def _current_statistics(self, model: Any, batch: dict[str, Any]) -> tuple[Statistics, Tensor | None, Tensor]:
+        """Of the policy that is trained, with gradient for the sequences that have one; the routers' loss; and which
+        sequences (B,) were skipped.
+        """
+        idle = self._idle(batch)
         if not self._own_head:
             logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
                 model, **bridge.forward_arguments(batch), compute_aux_loss=self.aux_loss_enabled
             )
             assert entropy is not None
-            return {"logps": logps, "entropy": entropy}, aux_loss, {}
+            return {"logps": logps, "entropy": entropy}, aux_loss, idle
         want = self._wanted("micro_batch")
-        idle = self._idle(batch)
-        metrics = {"policy/skipped": Mean.of(idle)}
         if not idle.any():
-            return *self._batch_pass(model, batch, want), metrics
+            return *self._batch_pass(model, batch, want), idle
         active, rest = (~idle).nonzero().squeeze(1), idle.nonzero().squeeze(1)
         known = bridge.measured(batch, rest) or self.moments(bridge.take(batch, rest), want)
         if not len(active):
-            return self._connected(model, batch, known), None, metrics
+            return self._connected(model, batch, known), None, idle
         trained, aux_loss = self._batch_pass(model, bridge.take(batch, active), want)
         order = torch.cat([active, rest]).argsort()
         both = {name: torch.cat([x, known[name].to(x.dtype)])[order] for name, x in trained.items()}
-        return both, aux_loss, metrics
+        return both, aux_loss, idle
 
     def _connected(self, model: Any, batch: dict[str, Any], known: Statistics) -> Statistics:
         """What is known of a micro-batch, with a gradient of zeros through the shortest of its sequences: there has to
