@@ -105,6 +105,26 @@ def pass_at_k(num_samples: Tensor, num_correct: Tensor, k: int) -> Tensor:
     return 1 - (missed.clamp(min=0) / (n.unsqueeze(1) - drawn)).prod(1)
 
 
+def explained_variance(values: Tensor, returns: Tensor, reduce: Reduce | None = None) -> float:
+    """1 - Var(returns - values) / Var(returns): what a critic knows of its returns; the same on every rank.
+
+    1 is a perfect critic up to a constant, 0 is as good as a constant, below 0 is worse than none. NaN if the returns
+    do not vary.   values, returns: [N] of this rank.   Raises: ValueError if shapes differ.
+    """
+    if values.shape != returns.shape:
+        raise ValueError(f"values has shape {tuple(values.shape)}, returns has {tuple(returns.shape)}")
+    reduce = reduce or LocalReduce()
+    count = _count(returns, reduce)
+    if not count:
+        return float("nan")
+    target = returns.detach().double()
+    first = reduce.gather(target[:1])[0]  # less one of them, equal returns are exactly 0
+    both = torch.stack([target - first, target - values.detach().double()])
+    mean = reduce.sum(both.sum(1, keepdim=True)) / count
+    total, left = reduce.sum((both - mean).square().sum(1)).tolist()
+    return 1 - left / total if total else float("nan")
+
+
 def _count(values: Tensor, reduce: Reduce) -> int:
     return int(reduce.sum(torch.tensor(values.numel(), dtype=torch.int64, device=values.device)))
 

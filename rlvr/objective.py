@@ -1,15 +1,16 @@
-"""The whole policy objective: surrogate, coefficients and aggregation, composed in one place.
+"""The whole policy objective: surrogate, coefficients and aggregation, composed in one place; and a critic's loss.
 
 loss = aggregate( weight * surrogate(A + advantage) + drift |log r| - entropy H + reference KL ) / denominator
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlvr.surrogates import Surrogate, log_ratio
+from rlvr.surrogates.base import at_least_float32
 from rlvr.types import Coefficients, Tokens
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "dr_grpo", "token_budget"]
@@ -93,6 +94,37 @@ def reference_kl(tokens: Tokens) -> Tensor:
     return torch.exp(ref_logps - tokens.logps) - (ref_logps - tokens.logps) - 1
 
 
+class ValueLoss(NamedTuple):
+    """loss: of each token [N].   clipped: bool [N], tokens without gradient, as the clip holds their value back."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float | None) -> ValueLoss:
+    """0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) of each token; the gradient goes to `values` alone.
+
+    A value that is more than c away from the old one learns no further while it is nearer to its return than the
+    clipped value is.
+    values, old_values, returns: [N], of the critic now, of the critic at the start of the update, and its targets.
+    cliprange: c > 0, in units of reward; None does not clip.
+    Raises: ValueError if cliprange is not positive or shapes differ.
+    Ref: ppo2 of OpenAI baselines; verl's compute_value_loss.
+    """
+    if cliprange is not None and not cliprange > 0:
+        raise ValueError(f"cliprange={cliprange}: must be > 0, or None not to clip")
+    if not values.shape == old_values.shape == returns.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (values, old_values, returns))
+        raise ValueError(f"values, old_values and returns must all be [N], got {shapes}")
+    values, old, returns = at_least_float32(values), at_least_float32(old_values.detach()), returns.detach()
+    error = (values - returns).square()
+    if cliprange is None:
+        return ValueLoss(error / 2, torch.zeros_like(values, dtype=torch.bool))
+    held = (values.clamp(old - cliprange, old + cliprange) - returns).square()
+    clipped = held > error  # within the range they are equal, so that a larger one is a saturated one
+    return ValueLoss(torch.where(clipped, held, error) / 2, clipped)
+
+
 def aggregate(
     token_loss: Tensor, tokens: Tokens, *, mode: Aggregation, denominator: Tensor | float | None = None
 ) -> Tensor:
@@ -107,7 +139,7 @@ def aggregate(
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(AGGREGATIONS)}")
-    token_loss = token_loss.to(torch.promote_types(token_loss.dtype, torch.float32))  # bfloat16 counts to 256
+    token_loss = at_least_float32(token_loss)  # bfloat16 counts to 256
     lengths = tokens.sequence_sums(torch.ones_like(token_loss))
     if denominator is None:
         if mode in ("dr_grpo", "token_budget"):

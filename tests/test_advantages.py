@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_diagnostics import on_ranks
 from torch import Tensor
 
 from rlvr.advantages import Scale, group_relative, leave_one_out, whiten
@@ -194,3 +195,27 @@ def test_whiten_of_fewer_than_two_values_only_centers() -> None:
     assert torch.equal(whiten(values, mask, center=False), torch.tensor([[3.0, 0.0]]))
     assert torch.equal(whiten(values, torch.zeros_like(mask)), torch.zeros(1, 2))
     assert whiten(torch.zeros(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("center", (True, False))
+@given(case=masked_values(), split=st.integers(0, 12))
+def test_whiten_over_ranks_is_that_of_the_whole(center: bool, case: tuple[Tensor, Tensor], split: int) -> None:
+    values, mask = case
+    packed = torch.stack([values, mask.double()])
+    parts = on_ranks(
+        [packed[:, :split], packed[:, split:]], lambda x, reduce: whiten(x[0], x[1], center=center, reduce=reduce)
+    )
+    torch.testing.assert_close(torch.cat(parts), whiten(values, mask, center=center), **EXACT)
+
+
+@pytest.mark.parametrize("eps", (1e-8, 1e-30))
+@pytest.mark.parametrize("value", (0.1, -0.7, 1000.1, 1e20))
+def test_whiten_of_equal_values_is_zero_in_float32(value: float, eps: float) -> None:
+    """Rounding of the mean must not be blown up by 1 / sqrt(eps)."""
+    for size in (3, 7, 1001):
+        assert torch.equal(whiten(torch.full((size,), value), eps=eps), torch.zeros(size))
+
+
+def test_whiten_survives_a_large_mean_in_float32() -> None:
+    values = 4096 + torch.arange(-8.0, 9.0) / 8  # exact in float32
+    torch.testing.assert_close(whiten(values), whiten(values - 4096), rtol=0, atol=1e-6)

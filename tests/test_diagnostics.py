@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlvr.diagnostics import doubling_edges, entropy_by_position, pass_at_k, quantile_shares, top_share_means
+from rlvr.diagnostics import (
+    doubling_edges,
+    entropy_by_position,
+    explained_variance,
+    pass_at_k,
+    quantile_shares,
+    top_share_means,
+)
 from rlvr.types import Mean, Reduce
 
 Result = TypeVar("Result")
@@ -199,3 +206,51 @@ def test_pass_at_k_ends_exactly() -> None:
 def test_pass_at_k_refuses(n: list[int], c: list[int], k: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         pass_at_k(torch.tensor(n), torch.tensor(c), k)
+
+
+# -------------------------------------------------------------------------------------------------- explained variance
+
+
+def test_explained_variance_by_hand() -> None:
+    """Returns 0, 0, 4, 4 have variance 4; errors -1, 1, -1, 1 have variance 1, and errors 0, 0, -8, -8 have 16."""
+    returns = torch.tensor([0.0, 0.0, 4.0, 4.0])
+    assert explained_variance(torch.tensor([1.0, -1.0, 5.0, 3.0]), returns) == 1 - 1 / 4
+    assert explained_variance(returns, returns) == 1.0
+    assert explained_variance(returns - 7, returns) == 1.0
+    assert explained_variance(torch.full((4,), 3.0), returns) == 0.0
+    assert explained_variance(torch.tensor([0.0, 0.0, 12.0, 12.0]), returns) == 1 - 16 / 4
+
+
+def test_explained_variance_is_that_of_torch() -> None:
+    returns = values()
+    guess = returns.sqrt()
+    expected = float(1 - (returns - guess).var() / returns.var())
+    assert explained_variance(guess, returns) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(3.0, 0.0), (-0.5, 2.0), (1.0, 1000.0)])
+def test_explained_variance_ignores_the_units_of_reward(scale: float, shift: float) -> None:
+    returns = values()
+    guess = returns.sqrt()
+    got = explained_variance(scale * guess + shift, scale * returns + shift)
+    assert got == pytest.approx(explained_variance(guess, returns), abs=1e-10)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_explained_variance_is_the_same_on_ranks(split: int) -> None:
+    both = torch.stack([values().sqrt(), values()], 1)
+    for found in on_ranks(
+        [both[:split], both[split:]], lambda x, reduce: explained_variance(x[:, 0], x[:, 1], reduce)
+    ):
+        assert found == pytest.approx(explained_variance(both[:, 0], both[:, 1]), abs=1e-10)
+
+
+def test_explained_variance_of_returns_that_do_not_vary_is_nan() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for number in (0, 1, 1000):
+            assert math.isnan(explained_variance(values(number).to(dtype), torch.full((number,), 0.1, dtype=dtype)))
+    constant = torch.stack([values(), torch.full((1000,), 0.1, dtype=torch.float64)], 1)
+    ranks = on_ranks([constant[:3], constant[3:]], lambda x, reduce: explained_variance(x[:, 0], x[:, 1], reduce))
+    assert all(math.isnan(found) for found in ranks)
+    with pytest.raises(ValueError, match=r"values has shape \(3,\), returns has \(1,\)"):
+        explained_variance(torch.zeros(3), torch.zeros(1))

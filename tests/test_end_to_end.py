@@ -160,11 +160,11 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import grpo
     import transformers
 
+    from rlvr import GRPOConfig, GRPOTrainer
     from rlvr.errors import ConfigError
+    from rlvr.trainers.launch import parse_arguments, train
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(
     model = tiny_model_dir if changes else tmp_path / "no-model"
     path.write_text(yaml.safe_dump(config(model, tmp_path / "run", **changes)))
     with pytest.raises(ConfigError) as error:
-        grpo.main(["--config", str(path)])
+        train(GRPOTrainer, *parse_arguments(GRPOConfig, ["--config", str(path)]))
     message = str(error.value)
     assert "\n" not in message
     for part in parts:

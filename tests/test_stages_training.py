@@ -87,8 +87,7 @@ def test_bad_stages_are_refused_before_the_model_is_loaded(
 ) -> None:
     import trl
 
-    from rlvr import GRPOConfig
-    from rlvr.trainers.staged import StagedTrainer
+    from rlvr import GRPOConfig, GRPOTrainer
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -105,5 +104,5 @@ def test_bad_stages_are_refused_before_the_model_is_loaded(
         **changes,
     )
     with pytest.raises(ConfigError, match=says) as error:
-        StagedTrainer(str(tiny_model_dir), task.reward, args, task.train, schedule=task.schedule)
+        GRPOTrainer(str(tiny_model_dir), task.reward, args, task.train, schedule=task.schedule)
     assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlvr.advantages import group_relative
+from rlvr.advantages import gae, group_relative, whiten
 from rlvr.controls import ClipCov, Control, KlCov, apply
 from rlvr.controls.entropy import AdaptiveEntropy, EntropyAdvantage, EntropyBonus, HighEntropyTokens, upper_quantile
 from rlvr.controls.mismatch import GeometricGate, IcePop, Mis, OffPolicyMask, Tis, log_gap
@@ -75,6 +75,15 @@ def test_group_relative_advantage(case: dict[str, Any]) -> None:
     rewards, group, p = tensor(case["inputs"]["rewards"]), torch.tensor(case["inputs"]["group"]), case["params"]
     got = group_relative(rewards, group, scale=p["scale"], eps=p["eps"], ddof=p["ddof"])
     torch.testing.assert_close(got, tensor(case["expected"]["advantage"]), **EXACT)
+
+
+@cases("gae")
+def test_generalized_advantage(case: dict[str, Any]) -> None:
+    rewards, values, mask = (tensor(case["inputs"][name]) for name in ("rewards", "values", "mask"))
+    advantages, returns = gae(rewards, values, mask, **case["params"])
+    got = {"adv_raw": advantages, "returns": returns, "adv_whitened": whiten(advantages, mask)}
+    for name, expected in case["expected"].items():
+        torch.testing.assert_close(got[name], tensor(expected), **EXACT)
 
 
 @cases("ppo")

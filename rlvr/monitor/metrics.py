@@ -87,6 +87,23 @@ _ROWS: dict[str, Metric] = {
     "law/holds": Metric("1", "1: the data do not refute the law; 0: not yet to be said; -1: it does not hold here"),
     "law/r2": Metric("fraction", "variance of the reward that the law explains"),
     "law/r2_linear": Metric("fraction", "variance of the reward that a straight line in H explains"),
+    # critic and its advantages: what it knew of a rollout before it learned from it, and what it learned in the step
+    "advantage/mean": Metric("reward", "mean advantage of a token, before whitening", "near 0"),
+    **{
+        f"advantage/p{percent:02d}": Metric("reward", f"advantage below which {percent} % of the tokens lie")
+        for percent in (5, 50, 95)
+    },
+    "advantage/std": Metric("reward", "standard deviation of the advantage over tokens, before whitening"),
+    "critic/clipped": Metric("fraction", "tokens whose value has moved too far from the rollout's to be pulled on"),
+    "critic/earned": Metric("reward", "mean of the discounted rewards that followed a token"),
+    "critic/explained_variance": Metric(
+        "fraction", "variance of what followed that the rollout's values explain", "towards 1; 0 is a constant"
+    ),
+    "critic/grad_norm": Metric("1", "norm of the critic's gradient before clipping"),
+    "critic/kl_penalty": Metric("nats", "log pi_old - log pi_ref that rewards pay for, token mean"),
+    "critic/learning_rate": Metric("1", "the critic's learning rate of the step"),
+    "critic/loss": Metric("reward^2", "value loss, half a squared error, mean over the step's tokens"),
+    "critic/value": Metric("reward", "mean value of the rollout's tokens", "near critic/earned"),
     # clip: the surrogate's own clipping
     "clip/dual": Metric("fraction", "trained tokens beyond the dual clip (A < 0)", "near 0", touches=True),
     "clip/high": Metric("fraction", "trained tokens clipped at the upper bound (A > 0)", "below 0.05", touches=True),
@@ -156,6 +173,7 @@ _ROWS: dict[str, Metric] = {
     "mismatch/ratio_mean": Metric("ratio", "mean trainer over engine probability of a token", "0.98 to 1.02"),
     "mismatch/ratio_min": Metric("ratio", "smallest trainer over engine probability of a token", "above 0.1"),
     # time: wall-clock inside one optimizer step; a step that reuses a rollout has no rollout phases
+    "time/critic": Metric("s", "the critic's passes, over the rollout and in the update"),
     "time/old_logps": Metric("s", "recomputing log-probs at the start of the update"),
     "time/rollout": Metric("s", "generating completions"),
     "time/rollout_tokens_per_s": Metric("tokens/s", "rollout/tokens over time/rollout"),

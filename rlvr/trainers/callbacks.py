@@ -16,17 +16,17 @@ from rlvr.trainers.header import header
 from rlvr.types import Coefficients, Tokens
 
 if TYPE_CHECKING:
-    from rlvr.trainers.grpo import GRPOTrainer
+    from rlvr.trainers.policy import PolicyTrainer
 
 LAW_EVERY = 10  # optimizer steps
 LAW_NUMBERS = ("a", "b", "ceiling", "ceiling_low", "ceiling_high", "r2", "r2_linear")
-PHASES = ("rollout", "sync_weights", "verify", "old_logps")
+PHASES = ("rollout", "sync_weights", "verify", "old_logps", "critic")
 
 
 class RunCallback(TrainerCallback, ExportableState):
     """Writes the run directory, on the main process; takes part in the reductions on all of them."""
 
-    def __init__(self, trainer: "GRPOTrainer") -> None:
+    def __init__(self, trainer: "PolicyTrainer") -> None:
         self._trainer = trainer
         self._recorder: Recorder | None = None
         self._seen: set[int] = set()
@@ -46,7 +46,6 @@ class RunCallback(TrainerCallback, ExportableState):
         config = {
             **trainer.args.to_dict(),
             **trainer.run_config,
-            "task_description": trainer.task_description,
             "model": trainer.model.config._name_or_path,
         }
         output_dir = str(trainer.args.output_dir)
@@ -71,6 +70,7 @@ class RunCallback(TrainerCallback, ExportableState):
         self._trainer._step = state.global_step * args.gradient_accumulation_steps
         # A checkpoint that this callback did not write lacks its entry, which saving the next one looks up.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self._trainer.start()
         if self._trainer.is_world_process_zero():
             print(header(self._trainer), flush=True)
 
@@ -118,7 +118,7 @@ class RunCallback(TrainerCallback, ExportableState):
         """
         seconds = self._trainer.clock.take()
         whole = time.perf_counter() - self._step_began
-        times = {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES}
+        times = {f"time/{phase}": seconds.get(phase, 0.0) for phase in PHASES[: None if "critic" in seconds else -1]}
         times["time/update"] = whole - sum(times.values())
         times["time/step"] = whole
         metrics = self._trainer.step_metrics
@@ -167,7 +167,7 @@ class RunCallback(TrainerCallback, ExportableState):
             "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
             "completion": tokenizer.decode(ids),
             "reward": float(inputs[bridge.REWARD][row]),
-            "advantage": float(inputs["advantages"][row].float().mean()),
+            "advantage": float(tokens.advantages[mine].float().mean()) if len(ids) else 0.0,
             "token_ids": ids,
             "tokens": [tokenizer.decode([i]) for i in ids],
             "entropy": numbers(tokens.entropy),
@@ -175,7 +175,16 @@ class RunCallback(TrainerCallback, ExportableState):
             "old_logps": numbers(tokens.old_logps),
             "rollout_logps": numbers(tokens.rollout_logps),
             **{name: numbers(present[name]) for name in ("weight", "drift") if name in present},
+            **_of_critic(inputs, row, mask),
         }
+
+
+def _of_critic(inputs: Mapping[str, Any], row: int, mask: Tensor) -> dict[str, list[float]]:
+    """Columns that only a run with a critic has: of each token of a row's mask [T]."""
+    if inputs["advantages"].dim() == 1:
+        return {}
+    columns = {"advantages": inputs["advantages"], "values": bridge.values_of(inputs)[0]}
+    return {name: x[row][mask].float().tolist() for name, x in columns.items()}
 
 
 class EntropyProgress(ProgressCallback):
@@ -198,7 +207,7 @@ class EntropyProgress(ProgressCallback):
         self._postfix = " · ".join(parts)
 
 
-def use_own_progress_bar(trainer: "GRPOTrainer") -> EntropyProgress:
+def use_own_progress_bar(trainer: "PolicyTrainer") -> EntropyProgress:
     """Replace the library's bar, which prints every metric of every log."""
     had_bar = trainer.pop_callback(ProgressCallback) is not None
     trainer.remove_callback(PrinterCallback)

@@ -1,12 +1,11 @@
-"""What a run is, checked before any model is loaded: `GRPOConfig` extends TRL's and owns its own fields'
-validation.
-"""
+"""What a run is, checked before any model is loaded: each class owns its own fields' validation."""
 
 import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import trl
@@ -17,6 +16,7 @@ from rlvr.objective import Aggregation
 from rlvr.rollout.cpu_engine import require_vllm
 from rlvr.surrogates import Surrogate
 from rlvr.thermostat import Thermostat
+from rlvr.trainers.batches import check_batches, check_resolved_batches
 from rlvr.trainers.control_choice import check_controls, check_updates, choose_thermostat
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
@@ -38,12 +38,15 @@ SAID_BY_A_CONTROL = {
 
 
 @dataclass
-class GRPOConfig(trl.GRPOConfig):
-    """TRL's GRPOConfig plus the entropy controls. Every field is a key of a recipe's YAML and a command-line flag.
+class PolicyConfig(trl.GRPOConfig):
+    """TRL's GRPOConfig plus the entropy controls: what GRPOConfig and PPOConfig share. Every field is a key of a
+    recipe's YAML and a command-line flag.
 
     Raises: ConfigError (a ValueError), one line naming field, value and fix, for anything that can be seen before a
     model is loaded.
     """
+
+    smallest_group: ClassVar[int] = 2  # completions per prompt
 
     controls: list[str] | None = field(
         default=None,
@@ -64,9 +67,6 @@ class GRPOConfig(trl.GRPOConfig):
             "help": "Hold entropy in a band by moving a control's hyper-parameter: {lever: entropy_bonus.coef, "
             "low: 0.3, high: 0.5, lowest: 0.0, highest: 0.02}; JSON on the CLI."
         },
-    )
-    advantage_estimator: str = field(
-        default="group_relative", metadata={"help": "group_relative (with scale_rewards) or leave_one_out."}
     )
     router_z_loss_coef: float = field(
         default=0.0,
@@ -136,16 +136,20 @@ class GRPOConfig(trl.GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_trl_fields()
-        self._check_batches()
+        self._check_fields()
+        if self.num_generations is None or self.num_generations < self.smallest_group:
+            least = f"at least {self.smallest_group} completion(s) per prompt"
+            raise ConfigError(f"num_generations={self.num_generations}: must be {least}")
+        check_batches(self)
         self.control_list: tuple[Control, ...] = build_controls(parse_list("controls", self.controls))
         self.surrogate_fn: Surrogate = choose_surrogate(self)
         self.thermostat_config: Thermostat | None = choose_thermostat(self)
         check_controls(self)
         # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
-        self._check_updates()
+        self._resolve()
+        check_resolved_batches(self)
+        check_updates(self)
 
     @property
     def aggregation(self) -> Aggregation:
@@ -158,6 +162,10 @@ class GRPOConfig(trl.GRPOConfig):
         """Optimizer steps taken on one batch of rollouts; below 1 when several rollouts make one step."""
         return self.num_iterations * self.steps_per_generation / self.gradient_accumulation_steps
 
+    def _resolve(self) -> None:
+        """TRL's own checks, which fill in the batch sizes."""
+        super().__post_init__()
+
     def check_data(self, columns: Sequence[str], rows: int) -> None:
         """Refuse training data with which TRL would train nothing. Raises: ConfigError."""
         if "prompt" not in columns:
@@ -169,7 +177,7 @@ class GRPOConfig(trl.GRPOConfig):
                 "lower per_device_train_batch_size or steps_per_generation"
             )
 
-    def _check_trl_fields(self) -> None:
+    def _check_fields(self) -> None:
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length={self.max_completion_length}: must be at least 1 token")
         if self.max_steps == 0:
@@ -191,16 +199,6 @@ class GRPOConfig(trl.GRPOConfig):
             )
         if self.use_trl_head and self.share_prompts:
             raise ConfigError("share_prompts=True needs the statistics of rlvr_kernels: set use_trl_head: false")
-        if self.advantage_estimator not in ("group_relative", "leave_one_out"):
-            raise ConfigError(
-                f"advantage_estimator={self.advantage_estimator!r}: must be group_relative or leave_one_out"
-            )
-        if self.scale_rewards not in ("group", "batch", "none", True, False):
-            raise ConfigError(f"scale_rewards={self.scale_rewards!r}: must be group, batch or none")
-        if self.advantage_estimator == "leave_one_out" and self.scale_rewards == "batch":
-            raise ConfigError(
-                "scale_rewards=batch has no effect on advantage_estimator=leave_one_out: unset one of them"
-            )
         for name, least in {"record_sequences": 0, "probe_sequences": 0, "probe_every": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -231,66 +229,31 @@ class GRPOConfig(trl.GRPOConfig):
                     stacklevel=4,
                 )
 
-    def _check_batches(self) -> None:
-        """TRL's divisibility rules, said with the nearest valid values. Processes are counted as launchers
-        announce them.
-        """
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_iterations",
-            "generation_batch_size",
-            "steps_per_generation",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: must be at least 1")
-        if self.num_generations is None or self.num_generations < 2:
-            raise ConfigError(
-                f"num_generations={self.num_generations}: a group needs at least 2 completions per prompt"
-            )
-        if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ConfigError("generation_batch_size and steps_per_generation say the same thing twice: set one")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        one_forward = self.per_device_train_batch_size * processes
-        if self.generation_batch_size is not None:
-            unit = math.lcm(one_forward, self.num_generations)
-            if self.generation_batch_size % unit:
-                raise ConfigError(
-                    f"generation_batch_size={self.generation_batch_size} must be a multiple of {unit} (whole "
-                    f"micro-batches of {one_forward} on {processes} process(es) and whole groups of num_generations="
-                    f"{self.num_generations}): nearest are {_nearest(self.generation_batch_size, unit)}"
-                )
-            return
-        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
-        total = one_forward * micro_batches
-        if total % self.num_generations:
-            unit = self.num_generations // math.gcd(self.num_generations, processes * micro_batches)
-            raise ConfigError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} gives {total} completions per "
-                f"rollout ({processes} process(es), {micro_batches} micro-batches), no whole groups of num_generations"
-                f"={self.num_generations}: nearest are {_nearest(self.per_device_train_batch_size, unit)}"
-            )
 
-    def _check_updates(self) -> None:
-        """After TRL has resolved the batch sizes."""
-        at_once, samples = self.per_device_eval_batch_size * self.world_size, self.num_generations_eval
-        samples = samples or self.num_generations
-        if self.use_vllm and self.vllm_mode == "server" and at_once % samples:
-            raise ConfigError(
-                f"per_device_eval_batch_size={self.per_device_eval_batch_size} gives {at_once} completions at once, "
-                f"no whole groups of num_generations_eval={samples}: nearest are {_nearest(at_once, samples)} in all"
-            )
-        micro_batches = self.num_iterations * self.steps_per_generation
-        if micro_batches % self.gradient_accumulation_steps and self.gradient_accumulation_steps % micro_batches:
-            raise ConfigError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} and micro-batches per rollout "
-                f"{micro_batches} (steps_per_generation * num_iterations): one must divide the other"
-            )
-        check_updates(self)
+@dataclass
+class GRPOConfig(PolicyConfig):
+    """PolicyConfig, with what makes advantages of the rewards of a group."""
 
+    advantage_estimator: str = field(
+        default="group_relative", metadata={"help": "group_relative (with scale_rewards) or leave_one_out."}
+    )
 
-def _nearest(value: int, unit: int) -> str:
-    """The multiples of unit around value, as text."""
-    below = value // unit * unit
-    return f"{below} and {below + unit}" if below else str(unit)
+    @property
+    def advantages_line(self) -> str:
+        """Where advantages come from, for the header."""
+        if self.advantage_estimator == "leave_one_out":
+            return "leave-one-out"
+        return f"group-relative, scale {self.scale_rewards}"
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        if self.advantage_estimator not in ("group_relative", "leave_one_out"):
+            raise ConfigError(
+                f"advantage_estimator={self.advantage_estimator!r}: must be group_relative or leave_one_out"
+            )
+        if self.scale_rewards not in ("group", "batch", "none", True, False):
+            raise ConfigError(f"scale_rewards={self.scale_rewards!r}: must be group, batch or none")
+        if self.advantage_estimator == "leave_one_out" and self.scale_rewards == "batch":
+            raise ConfigError(
+                "scale_rewards=batch has no effect on advantage_estimator=leave_one_out: unset one of them"
+            )

@@ -15,10 +15,10 @@ from rlvr.trainers.surrogate_choice import parse, trl_default
 SPANNING = ("dapo", "cispo", "grpo")  # loss types whose denominator is counted over the whole rollout
 
 if TYPE_CHECKING:
-    from rlvr.trainers.config import GRPOConfig
+    from rlvr.trainers.config import PolicyConfig
 
 
-def choose_thermostat(args: "GRPOConfig") -> Thermostat | None:
+def choose_thermostat(args: "PolicyConfig") -> Thermostat | None:
     """The thermostat of a run, able to start at its lever's present value. Raises: ConfigError."""
     spec = parse("thermostat", args.thermostat)
     if spec is None or spec == "none":
@@ -36,7 +36,7 @@ def choose_thermostat(args: "GRPOConfig") -> Thermostat | None:
     return thermostat
 
 
-def check_controls(args: "GRPOConfig") -> None:
+def check_controls(args: "PolicyConfig") -> None:
     """Settle what controls and TRL's fields both have a say in: aggregation, reference KL, engine correction.
 
     Sets `beta` and `vllm_importance_sampling_correction` for the controls that take their place.
@@ -75,7 +75,7 @@ def check_controls(args: "GRPOConfig") -> None:
         _replace_engine_correction(args, corrections[0])
 
 
-def _replace_engine_correction(args: "GRPOConfig", name: str) -> None:
+def _replace_engine_correction(args: "PolicyConfig", name: str) -> None:
     if not args.use_vllm:
         raise ConfigError(f"{name} reads the log-probs of a separate engine: set use_vllm: true")
     for field in ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"):
@@ -84,7 +84,7 @@ def _replace_engine_correction(args: "GRPOConfig", name: str) -> None:
     args.vllm_importance_sampling_correction = False
 
 
-def check_updates(args: "GRPOConfig") -> None:
+def check_updates(args: "PolicyConfig") -> None:
     """After TRL has resolved the batch sizes: refuse controls that would do nothing, or half of it."""
     lever = args.thermostat_config.lever if args.thermostat_config is not None else ""
     if lever.startswith("surrogate.") and args.updates_per_rollout <= 1:
@@ -107,7 +107,7 @@ def check_updates(args: "GRPOConfig") -> None:
             _check_budget(args, control)
 
 
-def _check_budget(args: "GRPOConfig", budget: TokenBudget) -> None:
+def _check_budget(args: "PolicyConfig", budget: TokenBudget) -> None:
     if args.steps_per_generation % args.gradient_accumulation_steps:
         raise ConfigError(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} must divide steps_per_generation="

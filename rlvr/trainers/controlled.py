@@ -1,6 +1,6 @@
 """The controlled objective on TRL's batches: where coefficients are decided, and the loss that they enter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from rlvr.objective import policy_loss
 from rlvr.rollout.parity import check_parity, measure_mismatch
 from rlvr.surrogates import Clipped
 from rlvr.trainers import trl_bridge as bridge
-from rlvr.trainers.config import GRPOConfig
+from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import engine_tolerance
@@ -18,7 +18,7 @@ from rlvr.trainers.forward import Statistics, mean_discriminator
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics, step_means
 from rlvr.trainers.measuring import MeasuringTrainer
 from rlvr.trainers.steering import coefficients_of, combined, metrics_of
-from rlvr.types import Coefficients, LocalReduce, Mean, Tokens
+from rlvr.types import Coefficients, LocalReduce, Mean, Metrics, Tokens
 
 
 class ControlledTrainer(MeasuringTrainer):
@@ -26,7 +26,7 @@ class ControlledTrainer(MeasuringTrainer):
     and ride along in it, so the loss does not depend on how it is cut into micro-batches.
     """
 
-    args: GRPOConfig
+    args: PolicyConfig
     meter: StepMeter
     reduce: AcceleratorReduce
     _rollout_number: int
@@ -39,13 +39,7 @@ class ControlledTrainer(MeasuringTrainer):
     @torch.no_grad()
     def _apply_rollout_controls(self, batch: dict[str, Any]) -> None:
         """Coefficients of the whole rollout, from the statistics of the policy that made it."""
-        if self._measured is None:
-            arguments = bridge.forward_arguments(batch)
-            self._get_per_token_logps_and_entropies(
-                self.model, **arguments, batch_size=self.args.per_device_train_batch_size
-            )
-        measured = self._measured
-        assert measured is not None
+        measured = self._measure_rollout(batch)
         old, entropy, discriminator = measured["logps"], measured["entropy"], _discriminator(measured)
         tokens = self._tokens(batch, old, old, entropy, discriminator)
         if self.use_vllm and not self._parity_checked:
@@ -94,8 +88,8 @@ class ControlledTrainer(MeasuringTrainer):
             clipped = surrogate.clipped(ratio, tokens)
         micro = self.steering.decide("micro_batch", tokens, clipped, LocalReduce())
         by_control = bridge.attached(inputs) | coefficients_of(micro) | bridge.engine_correction(inputs)
-        if self.beta and "reference_kl" not in by_control:
-            by_control["reference_kl"] = Coefficients(reference=torch.full_like(tokens.old_logps, self.beta))
+        if self.args.beta and "reference_kl" not in by_control:
+            by_control["reference_kl"] = Coefficients(reference=torch.full_like(tokens.old_logps, self.args.beta))
         coefficients = combined(by_control)
 
         denominator, accumulation = self._denominator(inputs)
@@ -112,19 +106,27 @@ class ControlledTrainer(MeasuringTrainer):
             self.probe.watch(self.state.global_step, inputs, tokens, objective, by_control)
         self.diagnostics.add(tokens if coefficients.keep is None else tokens.select(coefficients.keep))
         metrics = {"policy/skipped": Mean.of(skipped), **metrics_of(micro)}
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
-            metrics["policy/router_aux_loss"] = Mean.of(torch.as_tensor(aux_loss))
-        if self._z_loss is not None:
-            z_loss = self._z_loss.take()
-            loss = loss + self._z_loss.coef * z_loss / self.current_gradient_accumulation_steps
-            metrics["policy/router_z_loss"] = Mean.of(z_loss)
+        for term, told in self._other_terms(inputs, statistics, aux_loss):
+            loss, metrics = loss + term, {**metrics, **told}
         stale = skipped[tokens.sequence] if self._later_update else None
         self.meter.add({**step_means(tokens, ratio, clipped, coefficients, stale), **metrics}, loss)
         if tokens.rollout_logps is not None:
             self.meter.add_mismatch(measure_mismatch(tokens.old_logps, tokens.rollout_logps))
         self.run_callback.sample_tokens(inputs, tokens, coefficients)
         return loss
+
+    def _other_terms(
+        self, inputs: dict[str, Any], statistics: Statistics, aux_loss: Tensor | None
+    ) -> Iterator[tuple[Tensor, Metrics]]:
+        """What is added to the policy's loss, as it enters a micro-batch's, with what there is to tell of it."""
+        if self.aux_loss_enabled:
+            assert aux_loss is not None
+            term = self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+            yield term, {"policy/router_aux_loss": Mean.of(aux_loss)}
+        if self._z_loss is not None:
+            z_loss = self._z_loss.take()
+            term = self._z_loss.coef * z_loss / self.current_gradient_accumulation_steps
+            yield term, {"policy/router_z_loss": Mean.of(z_loss)}
 
     def _tokens(
         self,
@@ -162,13 +164,18 @@ class ControlledTrainer(MeasuringTrainer):
             return budget.tokens / ranks, 1
         match self.loss_type:
             case "dapo" | "cispo":
-                return inputs[bridge.NUM_TOKENS].clamp(min=1.0) / ranks * accumulation / per_rollout, 1
+                return self._share(inputs[bridge.NUM_TOKENS]), 1
             case "grpo":
                 return inputs[bridge.NUM_SEQUENCES].clamp(min=1.0) / ranks / per_rollout, accumulation
             case "dr_grpo":
                 return inputs["completion_ids"].size(0) * self.max_completion_length, accumulation
             case _:  # bnpo: the micro-batch's own tokens
                 return None, accumulation
+
+    def _share(self, count: Tensor) -> Tensor:
+        """Of a rollout's tokens, what one accumulation window of one rank divides by."""
+        ranks, per_rollout = self.accelerator.num_processes, self.args.steps_per_generation
+        return count.clamp(min=1.0) / ranks * self.current_gradient_accumulation_steps / per_rollout
 
     @property
     def learning_rate(self) -> float:

@@ -12,13 +12,13 @@ from rlvr.rollout.parity import default_tolerance
 from rlvr.rollout.weights import merged_parameters
 
 if TYPE_CHECKING:
-    from rlvr.trainers.config import GRPOConfig
-    from rlvr.trainers.grpo import GRPOTrainer
+    from rlvr.trainers.config import PolicyConfig
+    from rlvr.trainers.policy import PolicyTrainer
 
 DEFAULT_MODEL_LENGTH = 4096
 
 
-def needs_cpu_engine(args: "GRPOConfig") -> bool:
+def needs_cpu_engine(args: "PolicyConfig") -> bool:
     """Whether vLLM has to run in this process on the CPU. TRL's server mode needs NCCL, so there it is refused."""
     if not args.use_vllm or args.device.type == "cuda":
         return False
@@ -34,7 +34,7 @@ def needs_cpu_engine(args: "GRPOConfig") -> bool:
 
 
 @contextmanager
-def without_trl_engine(args: "GRPOConfig", own_engine: bool) -> Iterator[None]:
+def without_trl_engine(args: "PolicyConfig", own_engine: bool) -> Iterator[None]:
     """TRL's constructor must not build its own engine where ours is attached afterwards."""
     args.use_vllm = args.use_vllm and not own_engine
     try:
@@ -43,7 +43,7 @@ def without_trl_engine(args: "GRPOConfig", own_engine: bool) -> Iterator[None]:
         args.use_vllm = args.use_vllm or own_engine
 
 
-def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
+def attach_cpu_engine(trainer: "PolicyTrainer") -> None:
     """Build the engine and hand it to the trainer in place of TRL's.
 
     The seam is four attributes that TRL's own constructor sets.
@@ -70,14 +70,14 @@ def attach_cpu_engine(trainer: "GRPOTrainer") -> None:
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "colocate", -1
 
 
-def engine_dtype(trainer: "GRPOTrainer") -> Literal["float32", "bfloat16"]:
+def engine_dtype(trainer: "PolicyTrainer") -> Literal["float32", "bfloat16"]:
     """The engine's dtype: what was asked for, else what the trainer's forward computes in."""
     asked = trainer.args.vllm_dtype
     coarse = _computes_in_bf16(trainer) if asked is None else asked == "bfloat16"
     return "bfloat16" if coarse else "float32"
 
 
-def engine_tolerance(trainer: "GRPOTrainer") -> float:
+def engine_tolerance(trainer: "PolicyTrainer") -> float:
     """Largest accepted mean |log-prob difference| between engine and trainer, in nats."""
     if trainer.args.mismatch_tolerance is not None:
         return trainer.args.mismatch_tolerance
@@ -87,5 +87,5 @@ def engine_tolerance(trainer: "GRPOTrainer") -> float:
     return default_tolerance("float32" if exact else "bfloat16")
 
 
-def _computes_in_bf16(trainer: "GRPOTrainer") -> bool:
+def _computes_in_bf16(trainer: "PolicyTrainer") -> bool:
     return bool(trainer.args.bf16) or trainer.model.dtype == torch.bfloat16

@@ -1,6 +1,7 @@
 """Statistics of completions by one policy: what is passed through the model, and what of it through the head."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rlvr.trainers.head import Asked, Measured
 from rlvr.trainers.shared_prompts import pack
 
 Statistics = dict[str, Tensor]
+VALUE = "value"  # a statistic where a critic shares the policy's backbone
 
 
 def completion_statistics(
@@ -24,7 +26,8 @@ def completion_statistics(
     share_prompts: bool = False,
     router_loss: bool = False,
 ) -> tuple[Statistics, Tensor | None]:
-    """Fields of `rlvr_kernels.TokenStats` by name, each [B, T], 0 where `trained` is false; and the routers' loss.
+    """Fields of `rlvr_kernels.TokenStats`, and VALUE, by name, each [B, T], 0 where `trained` is false; and the
+    routers' loss.
 
     Only trained tokens are projected, and what stands behind the last one of the rows at hand is not computed.
 
@@ -33,48 +36,65 @@ def completion_statistics(
     """
     parts: list[Statistics] = []
     router_losses: list[Tensor] = []
-    size = batch_size or len(input_ids)
-    for ids, mask, mine in zip(input_ids.split(size), attention_mask.split(size), trained.split(size), strict=True):
-        needed = _last(mine) + 1
-        length = ids.size(1) - mine.size(1) + needed
-        ids, mask, kept = ids[:, :length], mask[:, :length], mine[:, :needed]
-        inputs = (_shared if share_prompts else _plain)(ids, mask, kept, want)
-        measured: Measured = model(**inputs, **({"output_router_logits": True} if router_loss else {}))
-        parts.append({name: _padded(getattr(measured.stats, name), kept, mine.size(1)) for name in want})
+    routed = {"output_router_logits": True} if router_loss else {}
+    wanted = tuple(name for name in want if name != VALUE)
+    for passed in passes(input_ids, attention_mask, trained, batch_size, share_prompts):
+        asked = Asked(passed.rows, passed.columns, passed.targets, wanted)
+        measured: Measured = model(**passed.inputs, token_stats=asked, **routed)
+        found = {name: getattr(measured.stats, name) for name in wanted}
+        if VALUE in want:
+            assert measured.value is not None
+            found[VALUE] = measured.value
+        parts.append({name: passed.padded(x) for name, x in found.items()})
         router_losses += [] if measured.router_loss is None else [measured.router_loss]
     statistics = {name: torch.cat([part[name] for part in parts]) for name in want}
     return statistics, torch.stack(router_losses).mean() if router_losses else None
 
 
-def _plain(ids: Tensor, mask: Tensor, trained: Tensor, want: Collection[str]) -> dict[str, Any]:
-    rows, places = trained.nonzero(as_tuple=True)
-    columns = places - trained.size(1) - 1  # a token is predicted one place before it
-    asked = Asked(rows, columns, ids[:, -trained.size(1) :][trained], tuple(want))
-    return {"input_ids": ids, "attention_mask": mask, "token_stats": asked}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Some rows for one forward. inputs: of the model.   rows, columns: [N] where its outputs predict the trained
+    tokens; columns are negative, from the end.   targets: [N] these tokens.   trained: [b, needed] bool.   width: T.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    trained: Tensor
+    width: int
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Values [N] of the trained tokens as [b, T]; stays connected to the model without any."""
+        x = values.new_zeros(self.trained.shape).masked_scatter(self.trained, values)
+        return pad(x, (0, self.width - self.trained.size(1)))
 
 
-def _shared(ids: Tensor, mask: Tensor, trained: Tensor, want: Collection[str]) -> dict[str, Any]:
-    packed = pack(ids, mask, trained.size(1))
-    place, width = packed.place[trained], packed.input_ids.size(1)
-    asked = Asked(place // width, place % width - width, ids[:, -trained.size(1) :][trained], tuple(want))
-    return {
-        "input_ids": packed.input_ids,
-        "position_ids": packed.position_ids,
-        "attention_mask": packed.attention_mask,
-        "token_stats": asked,
-    }
+def passes(
+    input_ids: Tensor, attention_mask: Tensor, trained: Tensor, batch_size: int | None, share_prompts: bool
+) -> Iterator[Pass]:
+    """The forwards over a batch, without what stands behind the last trained token of their rows."""
+    size = batch_size or len(input_ids)
+    for ids, mask, mine in zip(input_ids.split(size), attention_mask.split(size), trained.split(size), strict=True):
+        needed = _last(mine) + 1
+        length = ids.size(1) - mine.size(1) + needed
+        ids, mask, kept = ids[:, :length], mask[:, :length], mine[:, :needed]
+        rows, places = kept.nonzero(as_tuple=True)
+        columns = places - needed - 1  # a token is predicted one place before it
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if share_prompts:
+            packed = pack(ids, mask, needed)
+            inputs = {name: getattr(packed, name) for name in ("input_ids", "position_ids", "attention_mask")}
+            place, width = packed.place[kept], packed.input_ids.size(1)
+            rows, columns = place // width, place % width - width
+        targets = ids[:, -needed:][kept]
+        yield Pass(inputs=inputs, rows=rows, columns=columns, targets=targets, trained=kept, width=mine.size(1))
 
 
 def _last(trained: Tensor) -> int:
     """The last column with a trained token in any row, 0 if there is none."""
     columns = trained.any(0).nonzero()
     return int(columns[-1]) if len(columns) else 0
-
-
-def _padded(values: Tensor, trained: Tensor, width: int) -> Tensor:
-    """Values [N] of the trained tokens as [B, width]; stays connected to the model without any."""
-    x = values.new_zeros(trained.shape).masked_scatter(trained, values)
-    return pad(x, (0, width - trained.size(1)))
 
 
 def mean_discriminator(statistics: Mapping[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ It is the model's own forward with one more argument, so that DDP, DeepSpeed, FS
 other.
 """
 
+from collections.abc import Callable
 from functools import wraps
 from inspect import signature
 from types import MethodType
@@ -29,18 +30,28 @@ class Asked(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """stats: [N] in the order asked for.   router_loss: load balancing of experts, with output_router_logits=True."""
+    """stats: [N] in the order asked for.   router_loss: load balancing of experts, with output_router_logits=True.
+    value: [N], with a value head.
+    """
 
     stats: rlvr_kernels.TokenStats
     router_loss: Tensor | None
+    value: Tensor | None  # in the singular: DeepSpeed calls an output's `values`
 
 
-def add_token_stats(model: Any, *, temperature: float, float32: bool = False) -> None:
+def add_token_stats(
+    model: Any,
+    *,
+    temperature: float,
+    float32: bool = False,
+    value_head: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """`model(..., token_stats=Asked)` returns Measured; without that argument the forward is what it was.
 
     Only the asked positions are projected to the vocabulary.
     model: a causal language model, without adapter or distributed wrapper.   float32: the head's matrix products are
-    in float32, whatever the dtypes of model and autocast.
+    in float32, whatever the dtypes of model and autocast.   value_head: of a critic that shares the backbone, from
+    hidden states [N, D] to values [N]; not a part of the model, so that the model stays what its checkpoint says.
     """
     before = model.forward
     config = model.config.get_text_config()
@@ -54,7 +65,7 @@ def add_token_stats(model: Any, *, temperature: float, float32: bool = False) ->
         kwargs.pop("labels", None)  # an adapter passes it on, as None
         kwargs["use_cache"] = False
         if takes_positions and "position_ids" not in kwargs:  # by default padding counts, though not in generation
-            kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = positions(kwargs["attention_mask"])
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
@@ -75,9 +86,15 @@ def add_token_stats(model: Any, *, temperature: float, float32: bool = False) ->
             )
         stats = rlvr_kernels.TokenStats(*(x if x is None else x.to(token_stats.rows.device) for x in stats))
         balanced = kwargs.get("output_router_logits")
-        return Measured(stats, _router_loss(outputs, config, kwargs.get("attention_mask")) if balanced else None)
+        router_loss = _router_loss(outputs, config, kwargs.get("attention_mask")) if balanced else None
+        return Measured(stats, router_loss, None if value_head is None else value_head(hidden))
 
     model.forward = MethodType(forward, model)
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids [B, L] of rows that may be padded on the left."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

@@ -8,19 +8,20 @@ import torch
 from rlvr_kernels import choose_backend
 
 if TYPE_CHECKING:
-    from rlvr.trainers.grpo import GRPOTrainer
+    from rlvr.trainers.policy import PolicyTrainer
 
 
-def header(trainer: "GRPOTrainer") -> str:
+def header(trainer: "PolicyTrainer") -> str:
     """The table as text."""
-    rows = [("model", _model(trainer)), ("task", trainer.task_description or "reward functions of the caller")]
+    task = trainer.run_config.get("task_description") or "reward functions of the caller"
+    rows = [("model", _model(trainer)), ("task", task)]
     rows += [*_step(trainer), *_objective(trainer), *_warnings(trainer)]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     return "\n".join(["", "one step =", *lines, ""])
 
 
-def _model(trainer: "GRPOTrainer") -> str:
+def _model(trainer: "PolicyTrainer") -> str:
     parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     total, trained = sum(n for n, _ in parameters), sum(n for n, grad in parameters if grad)
     share = "" if trained == total else f", {trained / 1e6:.2f} M trained (LoRA)"
@@ -29,7 +30,7 @@ def _model(trainer: "GRPOTrainer") -> str:
     return f"{trainer.model.config._name_or_path}: {total / 1e6:.1f} M parameters{share}, {dtype} weights, {precision}"
 
 
-def _step(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
+def _step(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
     args = trainer.args
     ranks = trainer.accelerator.num_processes
     completions = args.generation_batch_size
@@ -61,7 +62,7 @@ def _step(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
     ]
 
 
-def _head(trainer: "GRPOTrainer") -> str:
+def _head(trainer: "PolicyTrainer") -> str:
     if not trainer._own_head:
         return "TRL's"
     weight = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight
@@ -70,16 +71,11 @@ def _head(trainer: "GRPOTrainer") -> str:
     return f"rlvr_kernels, {backend} ({why}){idle}"
 
 
-def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
+def _objective(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
     args = trainer.args
-    advantage = (
-        "leave-one-out"
-        if args.advantage_estimator == "leave_one_out"
-        else f"group-relative, scale {args.scale_rewards}"
-    )
     rows = [
         ("surrogate", _settings(args.surrogate_fn)),
-        ("aggregation", f"{args.aggregation} (loss_type {args.loss_type}); advantages {advantage}"),
+        ("aggregation", f"{args.aggregation} (loss_type {args.loss_type}); advantages {args.advantages_line}"),
     ]
     rows.append(("head", _head(trainer)))
     for control in args.control_list:
@@ -109,7 +105,7 @@ def _objective(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
     return rows
 
 
-def _warnings(trainer: "GRPOTrainer") -> list[tuple[str, str]]:
+def _warnings(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
     """What will probably not do what its user expects."""
     trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
     if torch.bfloat16 in trained and not trainer.is_deepspeed_enabled and trainer.args.learning_rate < 1e-5:

@@ -8,7 +8,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlvr.controls.covariance import covariance
-from rlvr.diagnostics import doubling_edges, entropy_by_position, quantile_shares, top_share_means
+from rlvr.diagnostics import (
+    doubling_edges,
+    entropy_by_position,
+    explained_variance,
+    quantile_shares,
+    top_share_means,
+)
 from rlvr.objective import reference_kl
 from rlvr.rollout.parity import Mismatch
 from rlvr.surrogates import Clipped
@@ -54,6 +60,29 @@ def step_means(
     return means
 
 
+def global_mean(values: Tensor, reduce: Reduce) -> float:
+    """Over all ranks, NaN of nothing. values: [N] of this rank."""
+    mean = Mean.of(values)
+    return Mean(reduce.sum(mean.total), reduce.sum(mean.count.to(values.device))).value()
+
+
+@torch.no_grad()
+def value_means(values: Tensor, earned: Tensor, advantages: Tensor, reduce: Reduce) -> dict[str, float]:
+    """What a critic knew of a rollout, and how its advantages are spread, over all ranks.
+
+    values, advantages: [N] of this rank's tokens.   earned: [N], the discounted rewards that followed, whatever lambda
+    the run has: returns by a smaller one contain the critic's own values.
+    """
+    told = {"critic/value": global_mean(values, reduce), "critic/earned": global_mean(earned, reduce)}
+    told["critic/explained_variance"] = explained_variance(values, earned, reduce)
+    spread = reduce.gather(advantages.double()).sort().values
+    if spread.numel():
+        told["advantage/mean"], told["advantage/std"] = float(spread.mean()), float(spread.std(correction=0))
+        for percent in (5, 50, 95):
+            told[f"advantage/p{percent:02d}"] = float(spread[(spread.numel() - 1) * percent // 100])
+    return {name: value for name, value in told.items() if value == value}  # a constant reward explains nothing
+
+
 @dataclass(frozen=True, slots=True)
 class StepMeasurement:
     """One optimizer step, over all ranks."""
@@ -73,7 +102,7 @@ class StepMeter:
         self._reduce = AcceleratorReduce(accelerator)
         self._means: dict[str, Mean] = {}
         self._mismatch: Mismatch | None = None
-        self._loss = torch.zeros((), dtype=torch.float64)
+        self._loss: Tensor | None = None  # of the policy; none while a critic is trained alone
         self._rollout_step = -1
         self._rollout: dict[str, list[float]] = {}
         self._rollout_means: dict[str, Mean] = {}
@@ -89,18 +118,20 @@ class StepMeter:
         """What the rollout-scope controls measured, on this rank's part of the rollout."""
         _add(self._rollout_means, means)
 
-    def add(self, means: Metrics, loss: Tensor) -> None:
-        """One micro-batch; its loss is already scaled for accumulation."""
+    def add(self, means: Metrics, loss: Tensor | None = None) -> None:
+        """One micro-batch; the policy's loss is already scaled for accumulation."""
         _add(self._means, means)
-        self._loss = self._loss.to(loss.device) + loss.detach()
+        if loss is not None:
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     def add_mismatch(self, mismatch: Mismatch) -> None:
         self._mismatch = mismatch if self._mismatch is None else self._mismatch + mismatch
 
     def close(self) -> StepMeasurement:
         """The step's metrics over all ranks; the meter starts anew."""
-        one = torch.ones((), dtype=torch.float64)
-        means = {**self._means, **self._rollout_means, "policy/loss": Mean(self._loss, one)}
+        means = {**self._means, **self._rollout_means}
+        if self._loss is not None:
+            means["policy/loss"] = Mean(self._loss.double(), torch.ones((), dtype=torch.float64))
         reduced = reduce_means(means, self._accelerator)
         metrics = {name: _over_rollouts(name, values) for name, values in self._rollout.items()}
         metrics |= {name: mean.value() for name, mean in reduced.items() if mean.count}  # nothing measured: absent
@@ -110,7 +141,7 @@ class StepMeter:
         if self._mismatch is not None:
             mismatch = self._mismatch.reduced(self._reduce)
             metrics |= mismatch.metrics()
-        self._means, self._mismatch, self._loss = {}, None, torch.zeros_like(self._loss)
+        self._means, self._mismatch, self._loss = {}, None, None
         return StepMeasurement(metrics, mismatch)
 
 
@@ -143,9 +174,8 @@ class TokenDiagnostics:
     def close(self, reduce: Reduce) -> dict[str, float]:
         """The step's metrics, and its entropy by position in `by_position`; starts anew."""
         self.by_position = {}
-        if not self._active:
+        if not self._tokens:  # not active, or the policy was not trained
             return {}
-        assert self._tokens, "a step without a micro-batch"
         step = {name: torch.cat([part[name] for part in self._tokens]) for name in self._tokens[0]}
         self._tokens = []
         nothing = torch.zeros_like(step["position"])

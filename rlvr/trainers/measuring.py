@@ -9,7 +9,7 @@ from torch import Tensor
 from rlvr.controls.base import Scope
 from rlvr.objective import idle_sequences
 from rlvr.trainers import trl_bridge as bridge
-from rlvr.trainers.config import GRPOConfig
+from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.forward import Statistics, completion_statistics
 from rlvr.trainers.head import shards_parameters
 from rlvr.trainers.heldout import HeldOutTrainer
@@ -20,7 +20,7 @@ from rlvr.trainers.steering import Steering, combined
 class MeasuringTrainer(HeldOutTrainer):
     """TRL's trainer with statistics of tokens from `rlvr_kernels`, computed where somebody needs them."""
 
-    args: GRPOConfig
+    args: PolicyConfig
     steering: Steering
     _rollout_step: int  # optimizer steps before this rollout
     _own_head: bool  # else TRL's computes log-probs and entropy
@@ -56,6 +56,16 @@ class MeasuringTrainer(HeldOutTrainer):
         if self._measured is None and not torch.is_grad_enabled():
             self._measured = found
         return found["logps"], found.get("entropy"), aux_loss
+
+    @torch.no_grad()
+    def _measure_rollout(self, batch: Mapping[str, Any]) -> Statistics:
+        """Of the policy that made the rollout, by a pass where none has been made."""
+        if self._measured is None:
+            self._get_per_token_logps_and_entropies(
+                self.model, **bridge.forward_arguments(batch), batch_size=self.args.per_device_train_batch_size
+            )
+        assert self._measured is not None
+        return self._measured
 
     def _attach_measured(self, batch: dict[str, Any]) -> None:
         """Let what is known of the rollout's policy ride along in the batch."""
@@ -132,7 +142,9 @@ class MeasuringTrainer(HeldOutTrainer):
     @property
     def _may_skip(self) -> bool:
         """Whether sequences that are not pushed may be left out of the pass at hand; the same on all ranks."""
-        pushed = self.beta or self.aux_loss_enabled or self._z_loss is not None or self.steering.surrogate.penalizes
+        pushed = (
+            self.args.beta or self.aux_loss_enabled or self._z_loss is not None or self.steering.surrogate.penalizes
+        )
         decided_later = self.steering.scoped("micro_batch")  # from statistics of all tokens
         steered = self.steering.observes and self._later_update  # by the entropy of this very policy
         return self.args.skip_idle_sequences and not (pushed or decided_later or steered)

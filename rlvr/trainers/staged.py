@@ -12,52 +12,39 @@ from trl.trainer.utils import RepeatSampler
 
 from rlvr.errors import ConfigError
 from rlvr.tasks.schedule import Stage
-from rlvr.trainers.config import GRPOConfig
-from rlvr.trainers.grpo import GRPOTrainer
+from rlvr.trainers.config import PolicyConfig
 
 RowsByPart = Mapping[tuple[int, str], Sequence[int]]  # indices of the training rows by (stage, domain)
 
 
-class StagedTrainer(GRPOTrainer):
-    """GRPOTrainer on the prompts of a schedule: one run, one optimizer, one set of records, one pass over the stages.
+class Stages:
+    """The prompts of a schedule in their order, for one run: one optimizer, one set of records, one pass over all.
 
-    train_dataset: with the columns `stage` and `domain`, as `load_task` gives them.   schedule: `Task.schedule`.
-    args.max_steps: unset, or the steps of all stages together.
+    schedule: `Task.schedule`.   args: max_steps is set to the steps of all stages together.   train_dataset: with the
+    columns `stage` and `domain`, as `load_task` gives them.
     Raises: ConfigError for stages that are no whole rollouts, or have too few prompts for one.
-    Metrics: reward/stage.
     Ref: Ring-lite, arXiv 2506.14731, Table 4: math before code and science, against all at once.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        reward_funcs: Any,
-        args: GRPOConfig,
-        train_dataset: Dataset,
-        *others: Any,
-        schedule: Sequence[Stage],
-        **options: Any,
-    ) -> None:
+    def __init__(self, schedule: Sequence[Stage], args: PolicyConfig, train_dataset: Dataset) -> None:
         args.max_steps = total_steps(schedule, args.max_steps, args.updates_per_rollout)
-        prompts = args.generation_batch_size // args.num_generations
+        self._per_rollout = args.generation_batch_size // args.num_generations
         rows = rows_by_part(train_dataset["stage"], train_dataset["domain"])
-        check_rows(schedule, rows, prompts)
-        per_stage = [round(stage.steps / args.updates_per_rollout) * prompts for stage in schedule]
+        check_rows(schedule, rows, self._per_rollout)
+        per_stage = [round(stage.steps / args.updates_per_rollout) * self._per_rollout for stage in schedule]
         self._prompts = prompt_order(schedule, rows, per_stage, args.seed)
         self._ends = list(accumulate(stage.steps for stage in schedule))
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **options)
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
+    def sampler(self, trainer: Any) -> "StagedSampler":
+        """In place of TRL's, for a trainer of `args`."""
+        repeats = trainer.num_iterations * trainer.args.steps_per_generation
         return StagedSampler(
-            self._prompts,
-            group=self.num_generations,
-            per_rollout=self.args.generation_batch_size // self.num_generations,
-            repeats=self.num_iterations * self.args.steps_per_generation,
+            self._prompts, group=trainer.num_generations, per_rollout=self._per_rollout, repeats=repeats
         )
 
-    def close_step(self) -> None:
-        super().close_step()
-        self.step_metrics["reward/stage"] = sum(end <= self.state.global_step for end in self._ends)
+    def at(self, step: int) -> int:
+        """The stage of an optimizer step, both counted from 0."""
+        return sum(end <= step for end in self._ends)
 
 
 class StagedSampler(Sampler[int]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlvr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlvr.trainers.grpo import GRPOTrainer
+    from rlvr.trainers.policy import PolicyTrainer
 
 
 def stop_token(tokenizer: Any, text: str) -> int:
@@ -20,7 +20,7 @@ def stop_token(tokenizer: Any, text: str) -> int:
     return int(ids[0])
 
 
-def add_stop_token(trainer: "GRPOTrainer", text: str) -> None:
+def add_stop_token(trainer: "PolicyTrainer", text: str) -> None:
     """Make `text` an end token of every engine, and of what counts as a finished completion."""
     token = stop_token(trainer._tokenizer, text)
     trainer.eos_token_ids = [*trainer.eos_token_ids, token]

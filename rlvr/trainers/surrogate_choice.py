@@ -12,13 +12,13 @@ from rlvr.errors import ConfigError
 from rlvr.surrogates import SURROGATES, Cispo, Gmpo, Gspo, PpoClip, Surrogate
 
 if TYPE_CHECKING:
-    from rlvr.trainers.config import GRPOConfig
+    from rlvr.trainers.config import PolicyConfig
 
 # Fields of TRL that describe the default surrogate; an explicit `surrogate` carries its own.
 SURROGATE_FIELDS = ("epsilon", "epsilon_high", "delta", "importance_sampling_level")
 
 
-def choose_surrogate(args: "GRPOConfig") -> Surrogate:
+def choose_surrogate(args: "PolicyConfig") -> Surrogate:
     """The surrogate of a run: what `surrogate` says, else what a control's paper uses, else TRL's own fields.
 
     Raises: ConfigError where two of them speak, or where one of them would have no effect.
@@ -44,7 +44,7 @@ def choose_surrogate(args: "GRPOConfig") -> Surrogate:
     return surrogate
 
 
-def _of_trl(args: "GRPOConfig") -> Surrogate:
+def _of_trl(args: "PolicyConfig") -> Surrogate:
     low, high = args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high
     sequence_level = args.importance_sampling_level == "sequence"
     if args.delta is not None and (sequence_level or args.loss_type == "cispo"):

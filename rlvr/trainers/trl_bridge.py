@@ -45,6 +45,8 @@ SEQUENCE = "rlvr_sequence"
 REWARD = "rlvr_reward"
 NUM_TOKENS = "rlvr_num_tokens"
 NUM_SEQUENCES = "rlvr_num_sequences"
+NUM_VALUED = "rlvr_num_valued"
+_VALUES, _RETURNS = "rlvr_values", "rlvr_returns"
 _COEFFICIENT = "rlvr_coefficient_"
 _MEASURED = "rlvr_measured_"
 
@@ -63,6 +65,11 @@ def trained_mask(batch: Mapping[str, Any]) -> Tensor:
     """(B, T) bool: response tokens that the policy produced; tool output and padding are not."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
+
+
+def valued_mask(batch: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: trained tokens of responses that could be scored, so that they have a return."""
+    return trained_mask(batch) & ~batch[REWARD].isnan().unsqueeze(1)
 
 
 def kept_mask(batch: Mapping[str, Any]) -> Tensor:
@@ -109,6 +116,17 @@ def measured(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Tensor] | None
     """What `attach_measured` put into the rollout, of these rows of the batch; None if nothing was."""
     found = {key.removeprefix(_MEASURED): x[rows] for key, x in batch.items() if key.startswith(_MEASURED)}
     return found or None
+
+
+def attach_values(batch: dict[str, Any], values: Tensor, returns: Tensor, reduce: Reduce) -> None:
+    """Put a critic's values and what they should have been, each (B, T), into the rollout."""
+    batch[_VALUES], batch[_RETURNS] = values, returns
+    batch[NUM_VALUED] = reduce.sum(valued_mask(batch).sum())
+
+
+def values_of(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The values and returns (B, T) that `attach_values` put into the rollout."""
+    return batch[_VALUES], batch[_RETURNS]
 
 
 def take(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -65,8 +65,7 @@ def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> rlvr
         Dataset.from_dict({"prompt": problems.prompts()}),
         Dataset.from_dict({"prompt": held_out.prompts()}),
         processing_class=AutoTokenizer.from_pretrained(base),
-        task_description="Countdown, 3 numbers",
-        run_config=run_config,
+        run_config={**run_config, "task_description": "Countdown, 3 numbers"},
     )
 
 

@@ -1,0 +1,152 @@
+"""The value model: a Hugging Face model for token classification with one label, the value of the text so far.
+
+A critic is saved and loaded as such, so that other tools read it and a reward model of the policy's family can start
+it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.utils import logging
+
+from rlvr.errors import ConfigError
+
+
+class ValueHead(nn.Linear):
+    """Hidden states [..., D] to values [..., 1], computed in float32: a bfloat16 value has two digits."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return linear(hidden.float(), self.weight.float(), bias)
+
+
+def load_critic(name: str, **options: Any) -> Any:
+    """The model `name` as a critic. A head that its checkpoint does not have starts with the value 0.
+
+    options: of from_pretrained.   Raises: ConfigError for what is no language model.
+    """
+    known = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    config = _of_values(AutoConfig.from_pretrained(name, **known))
+    with _quiet():  # a new head is no news
+        critic, found = _value_class(config).from_pretrained(name, config=config, output_loading_info=True, **options)
+    return _prepared(critic, new_head=any(key.startswith(_head_name(critic)) for key in found["missing_keys"]))
+
+
+def copy_critic(policy: Any) -> Any:
+    """A critic on a copy of the backbone of `policy`, a causal language model without adapter, with the value 0."""
+    if not isinstance(policy, PreTrainedModel) or any(hasattr(p, "ds_id") for p in policy.parameters()):
+        raise ConfigError(
+            f"critic=copy cannot copy the weights of a {type(policy).__name__} (adapted, or partitioned by ZeRO): "
+            "give the policy or the critic by name"
+        )
+    config = _of_values(deepcopy(policy.config))
+    critic = _value_class(config)._from_config(config, dtype=policy.dtype)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    critic.config._name_or_path = policy.config._name_or_path
+    return _prepared(critic.to(policy.device), new_head=True)
+
+
+def adapted(critic: Any, peft_config: Any) -> Any:
+    """The critic with adapters of the policy's settings; its head is trained whole."""
+    from peft import TaskType, get_peft_model
+
+    own = replace(deepcopy(peft_config), task_type=TaskType.TOKEN_CLS, modules_to_save=[_head_name(critic)])
+    return get_peft_model(critic, own)
+
+
+def check_critic(name: str, tokenizer: Any, **options: Any) -> None:
+    """Refuse a critic that does not read the policy's tokens, before anything is loaded.
+
+    tokenizer: the policy's.   Raises: ConfigError.
+    """
+    try:
+        config, own = AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"critic={name!r} is not copy, shared, or a model with its tokenizer: {reason}") from error
+    _value_class(config)
+    ours, theirs = tokenizer.get_vocab(), own.get_vocab()
+    if ours != theirs:
+        token = min(ours.keys() ^ theirs.keys() or {t for t in ours if ours[t] != theirs[t]})
+        raise ConfigError(
+            f"critic={name!r} has another tokenizer than the policy: {len(theirs)} tokens instead of {len(ours)}, and "
+            f"{token!r} is {theirs.get(token, 'none')} instead of {ours.get(token, 'none')}: choose one of the "
+            "policy's family, or critic: copy"
+        )
+    rows, needed = config.get_text_config().vocab_size, max(ours.values()) + 1
+    if rows < needed:
+        raise ConfigError(f"critic={name!r} has vocab_size={rows}, too few for the policy's {needed} token ids")
+
+
+def _value_class(config: Any) -> type[PreTrainedModel]:
+    """The family's class for token classification, made as transformers makes its own where it has none."""
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return cast(type[PreTrainedModel], MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)])
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"critic of model_type={config.model_type!r}: must be a causal language model")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    family = next(cls for cls in causal.__mro__ if PreTrainedModel in cls.__bases__)
+    name = causal.__name__.replace("ForCausalLM", "ForTokenClassification")
+    return type(name, (GenericForTokenClassification, family), {"base_model_prefix": causal.base_model_prefix})
+
+
+def _head_name(critic: Any) -> str:
+    return next(name for name, module in critic.named_children() if getattr(module, "out_features", None) == 1)
+
+
+def _prepared(critic: Any, *, new_head: bool) -> Any:
+    head = getattr(critic, _head_name(critic))
+    head.__class__ = ValueHead
+    if new_head:
+        _zero(head)
+    return critic
+
+
+def _of_values(config: Any) -> Any:
+    """One label, and no dropout: a value must not depend on chance."""
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def _zero(head: nn.Module) -> None:
+    if any(hasattr(p, "ds_id") for p in head.parameters()):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(head.parameters()), modifier_rank=0):
+            _zero_whole(head)
+    else:
+        _zero_whole(head)
+
+
+def _zero_whole(head: nn.Module) -> None:
+    for parameter in head.parameters():
+        parameter.zero_()

@@ -1,0 +1,133 @@
+"""The `main` of a recipe: read the YAML and the flags, check, load, train, evaluate, save, report."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from rlvr.errors import ConfigError, unknown
+from rlvr.monitor.recorder import check_run_dir
+from rlvr.monitor.report import write_report
+from rlvr.monitor.summary import format_summary, summarize
+from rlvr.tasks import TaskConfig, load_task
+from rlvr.trainers.config import PolicyConfig
+from rlvr.trainers.policy import PolicyTrainer
+from rlvr.trainers.resume import resolve_checkpoint
+
+
+def launch(config_class: type[PolicyConfig], trainer_class: type[PolicyTrainer]) -> None:
+    """Run what the command line asks for; a ConfigError is one line and exit status 1."""
+    try:
+        train(trainer_class, *parse_arguments(config_class, sys.argv[1:]))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def parse_arguments(config_class: type[PolicyConfig], argv: Sequence[str]) -> tuple[TaskConfig, Any, ModelConfig]:
+    """The task, an instance of `config_class` and the model, from a recipe's YAML and flags. Raises: ConfigError."""
+    parser = TrlParser((TaskConfig, config_class, ModelConfig))
+    arguments = flag_values(list(argv))
+    check_names(parser, arguments)
+    try:
+        return parser.parse_args_and_config(arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:  # what transformers and TRL say of their own fields
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def train(
+    trainer_class: type[PolicyTrainer], task_config: TaskConfig, args: PolicyConfig, model_config: ModelConfig
+) -> None:
+    """Check, load, measure, train, measure again, save, report."""
+    output_dir = str(args.output_dir)
+    checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
+    if os.environ.get("RANK", "0") == "0":
+        check_run_dir(output_dir, resume=checkpoint is not None)
+    if not model_config.model_name_or_path:
+        raise ConfigError("model_name_or_path is not set: give a Hugging Face model name or a checkpoint's directory")
+    check_model(model_config)
+    task = load_task(task_config)
+    args.model_init_kwargs = model_arguments(args, model_config)
+    args.eval_on_start = task.heldout is not None and checkpoint is None
+    trainer = trainer_class(
+        model_config.model_name_or_path,
+        task.reward,
+        args,
+        task.train,
+        task.heldout,
+        quantization_config=get_quantization_config(model_config),
+        peft_config=get_peft_config(model_config),
+        run_config={**asdict(task_config), **asdict(model_config), "task_description": task.describe},
+        schedule=task.schedule,
+    )
+    with closing(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if task.heldout is not None:
+            trainer.evaluate()
+        trainer.save_model(f"{output_dir}/model")
+        if trainer.is_world_process_zero():
+            print(format_summary(summarize(output_dir)))
+            print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")
+
+
+def model_arguments(args: PolicyConfig, model_config: ModelConfig) -> dict[str, object]:
+    """How the model is loaded, as in TRL's own scripts."""
+    arguments = {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_names(parser: TrlParser, arguments: Sequence[str]) -> None:
+    """Refuse an unknown key of the YAML or an unknown flag, with the nearest names, before anything is parsed."""
+    known = {flag.removeprefix("--") for flag in parser._option_string_actions}
+    given = [text.removeprefix("--").partition("=")[0] for text in arguments if text.startswith("--")]
+    if "--config" in arguments[:-1]:
+        path = arguments[list(arguments).index("--config") + 1]
+        try:
+            settings = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"config={path!r} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"config={path!r} holds no `key: value` lines")
+        given += [str(key) for key in settings if key != "env"]
+    for name in given:
+        if name not in known | {"config"}:
+            raise unknown("setting", name, known)
+
+
+def check_model(model_config: ModelConfig) -> None:
+    """Read the model's configuration, which is cheap, to refuse a wrong name or path before the data is loaded."""
+    name = str(model_config.model_name_or_path)
+    try:
+        AutoConfig.from_pretrained(name, revision=model_config.model_revision)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            return  # the trainer asks for it with the user's setting
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model_name_or_path={name!r} is no model directory or hub name: {reason}") from error
+
+
+def flag_values(argv: list[str]) -> list[str]:
+    """`--resume_from_checkpoint` alone means the newest checkpoint."""
+    flag = "--resume_from_checkpoint"
+    if flag in argv:
+        after = argv.index(flag) + 1
+        if after == len(argv) or argv[after].startswith("--"):
+            argv.insert(after, "latest")
+    return argv
