@@ -35,6 +35,7 @@ def instrumented_run(run_dir: Path, num_steps: int = 80, seed: int = 0) -> Path:
         values |= {
             f"covariance/top_2_in_{10**i}": 0.3 * 4 ** (i - 1) * math.exp(0.1 * rng.normal()) for i in range(1, 5)
         }
+        values |= knowledge(0.5 * step / num_steps)
         length = 3 + 2 * (step > num_steps / 2)
         bins = {"edges": [0.0, 16.0, 48.0, 112.0, 240.0][:length], "mean": list(entropy * np.linspace(2, 0.5, length))}
         recorder.record_step(step, values, bins | {"count": [100.0] * (length - 1) + [0.0]})
@@ -55,6 +56,12 @@ def dynamics(rng: np.random.Generator) -> dict[str, float]:
     return values | {f"dynamics/{name}_correlation": 0.3 - 0.05 * i for i, name in enumerate(ESTIMATORS)}
 
 
+def knowledge(explained: float, value: float = 0.5, earned: float = 0.52) -> dict[str, float]:
+    values = {"critic/explained_variance": explained, "critic/value": value, "critic/earned": earned}
+    spread = {"advantage/p05": -0.4, "advantage/p50": 0.01, "advantage/p95": 0.6}
+    return values | spread | {"critic/loss": 0.1, "time/critic": 0.1}
+
+
 def write(run_dir: Path, steps: list[dict[str, float]], config: dict[str, Any] | None = None) -> Path:
     recorder = Recorder(run_dir, config or {})
     for number, values in enumerate(steps, start=1):
@@ -64,6 +71,20 @@ def write(run_dir: Path, steps: list[dict[str, float]], config: dict[str, Any] |
 
 def summary_of(run_dir: Path) -> str:
     return format_summary(summarize(run_dir))
+
+
+# critic
+
+
+def test_critic_is_judged_by_rollouts_not_by_steps(tmp_path):
+    """Ten rollouts of two steps; a rollout's metrics stand in both its records."""
+    steps = [knowledge(0.1 * (i // 2), 0.6, 0.5) | {"time/rollout": float(i % 2 == 0)} for i in range(20)]
+    found = read_instruments({}, [{"step": i, "metrics": m} for i, m in enumerate(steps)]).critic
+    assert (found.first, found.last, found.window) == pytest.approx((0.05, 0.85, 2))
+    assert found.bias == pytest.approx(0.1)
+    text = summary_of(write(tmp_path, steps))
+    assert "explains 5 % of the variance of what is earned at first, 85 % at last" in text
+    assert "values 0.100 too high" in text.replace("\n" + 18 * " ", " ")
 
 
 # law
@@ -229,7 +250,7 @@ def instrumented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_summary_of_all_instruments_fits_a_terminal(instrumented):
     lines = summary_of(instrumented).splitlines()
     assert max(map(len, lines[2:])) <= 100 and len(lines) <= 52
-    for label in ("law ", "thermostat ", "entropy dynamics ", "  pass@1, @8 "):
+    for label in ("critic ", "law ", "thermostat ", "entropy dynamics ", "  pass@1, @8 "):
         assert sum(line.startswith(label) for line in lines) == 1
 
 
@@ -264,5 +285,5 @@ def test_pictures_of_one_step_are_drawn(tmp_path):
 
 def test_instruments_of_an_empty_run_are_none():
     found = read_instruments({}, [])
-    assert (found.law, found.thermostat, found.dynamics) == (None, None, None)
+    assert found.critic is None and (found.law, found.thermostat, found.dynamics) == (None, None, None)
     assert law_found([]) is None and rollout_points([]) == []

@@ -15,6 +15,7 @@ from rlvr.thermostat import Thermostat
 # Tokens by the sign of their advantage and the side of exp(-H) on which their probability lies.
 CLASSES = ("rewarded_likely", "rewarded_unlikely", "punished_likely", "punished_unlikely")
 ESTIMATORS = ("discriminator", "covariance", "single_logit", "steer", "steer_released")
+CRITIC = ("critic/explained_variance", "critic/value", "critic/earned")
 LABEL, WIDTH = 18, 100  # columns of the summary
 
 
@@ -53,9 +54,23 @@ class Dynamics:
 
 
 @dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What a critic knew of the first and last `window` rollouts before it learned from them, means over them.
+
+    explained_variance: of what was earned.   bias: value less what was earned, at the end.
+    """
+
+    first: float
+    last: float
+    window: int
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
 class Instruments:
     """None: not recorded."""
 
+    critic: Knowledge | None
     law: LawFit | None
     thermostat: Holding | None
     dynamics: Dynamics | None
@@ -63,7 +78,18 @@ class Instruments:
 
 def read_instruments(run: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> Instruments:
     """run: of run.json.   steps: of steps.jsonl."""
-    return Instruments(law_found(steps), _holding(run, steps), _dynamics(steps))
+    return Instruments(_knowledge(steps), law_found(steps), _holding(run, steps), _dynamics(steps))
+
+
+def _knowledge(steps: Sequence[dict[str, Any]]) -> Knowledge | None:
+    """One record of each rollout: its metrics are repeated at every step that trains on it."""
+    made = [record for record in steps if record["metrics"].get("time/rollout", 0) > 0]
+    known, values, earned = (series(made, name)[1] for name in CRITIC)
+    if not known:
+        return None
+    window = min(10, max(1, len(known) // 5))
+    bias = fmean(values[-window:]) - fmean(earned[-window:])
+    return Knowledge(fmean(known[:window]), fmean(known[-window:]), window, bias)
 
 
 def law_found(steps: Sequence[dict[str, Any]]) -> LawFit | None:
@@ -132,6 +158,8 @@ def _means(steps: Sequence[dict[str, Any]], names: Mapping[str, str]) -> dict[st
 def instrument_rows(found: Instruments) -> list[str]:
     """Lines of the summary, a block for each instrument that was recorded."""
     rows: list[str] = []
+    if found.critic is not None:
+        rows += _block("critic", [_critic_line(found.critic)])
     if found.law is not None:
         rows += _block("law", [law_formula(found.law), law_verdict(found.law)])
     if found.thermostat is not None:
@@ -139,6 +167,14 @@ def instrument_rows(found: Instruments) -> list[str]:
     if found.dynamics is not None:
         rows += _block("entropy dynamics", _dynamics_lines(found.dynamics))
     return rows
+
+
+def _critic_line(found: Knowledge) -> str:
+    rollouts = f"mean of {found.window} rollouts" if found.window > 1 else "one rollout"
+    return (
+        f"explains {100 * found.first:.0f} % of the variance of what is earned at first, {100 * found.last:.0f} % at "
+        f"last ({rollouts}); values {abs(found.bias):.3f} too {'high' if found.bias > 0 else 'low'}"
+    )
 
 
 def law_formula(law: LawFit) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from rlvr.monitor.figures import Picture, Records, Theme, draw_line, legend, log_scale, measured
 from rlvr.monitor.instrument_pictures import INSTRUMENTS
+from rlvr.monitor.instruments import CRITIC
 from rlvr.monitor.metrics import TOUCHED
 from rlvr.monitor.records import series
 from rlvr.monitor.summary import MISMATCH, PHASES
@@ -43,6 +44,22 @@ def _touched(figure: Any, records: Records, theme: Theme) -> None:
         axes.remove()
     figure.supylabel("fraction of trained tokens", fontsize=9)
     figure.supxlabel("optimizer step", fontsize=9)
+
+
+def _critic(figure: Any, records: Records, theme: Theme) -> None:
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.axhline(0, color=theme.ink, linewidth=0.8)
+    draw_line(upper, records, "critic/explained_variance", theme.colors[0], "explained variance of the rollout")
+    upper.set_ylabel("fraction")
+    lower.axhline(0, color=theme.ink, linewidth=0.8)
+    at, low = series(records.steps, "advantage/p05")
+    high = series(records.steps, "advantage/p95")[1]
+    lower.fill_between(at, low, high, color=theme.colors[1], alpha=0.25, linewidth=0, label="90 % of the tokens")
+    draw_line(lower, records, "advantage/p50", theme.colors[1], "median advantage")
+    lower.set_ylabel("reward")
+    lower.set_xlabel("optimizer step")
+    legend(upper)
+    legend(lower)
 
 
 def _mismatch(figure: Any, records: Records, theme: Theme) -> None:
@@ -111,6 +128,18 @@ PICTURES = (
             "longer rises: nothing new is sampled; start again with a control or a thermostat."
         ),
     ),
+    Picture(
+        "critic",
+        "What the critic knows, and the advantages it leaves",
+        (*CRITIC, "critic/loss", *(f"advantage/{name}" for name in ("p05", "p50", "p95"))),
+        _critic,
+        every=True,
+        optional=True,
+        note=lambda _: (
+            "Normal: explained variance climbs from 0, and the band narrows. Near 0: advantages are rewards less a "
+            "constant; raise critic_learning_rate or critic_warmup_steps. Below 0: the critic misleads; lower it."
+        ),
+    ),
     *INSTRUMENTS,
     Picture(
         "touched",
@@ -136,7 +165,7 @@ PICTURES = (
     Picture(
         "time",
         "Time per optimizer step",
-        tuple(f"time/{name}" for name in (*PHASES, "step")),
+        tuple(f"time/{name}" for name in (*PHASES, "step") if name != "critic"),  # that only PPO has
         _time,
         note=lambda _: "Normal: rollout and update take nearly all. The tallest part is what is worth making faster.",
     ),

@@ -18,6 +18,7 @@ PHASES: dict[str, str | None] = {
     "sync_weights": None,
     "old_logps": "rollout/tokens",
     "verify": None,
+    "critic": None,
     "update": "policy/tokens",
 }
 MISMATCH: dict[str, Callable[[Sequence[float]], float] | None] = {  # None: token-weighted mean over the run

@@ -8,26 +8,28 @@ import torch
 from rlvr_kernels import choose_backend
 
 if TYPE_CHECKING:
+    from rlvr.trainers.config import PolicyConfig
     from rlvr.trainers.policy import PolicyTrainer
 
 
 def header(trainer: "PolicyTrainer") -> str:
     """The table as text."""
     task = trainer.run_config.get("task_description") or "reward functions of the caller"
-    rows = [("model", _model(trainer)), ("task", task)]
+    rows = [("model", describe(trainer.model, trainer.args)), *trainer.header_rows(), ("task", task)]
     rows += [*_step(trainer), *_objective(trainer), *_warnings(trainer)]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     return "\n".join(["", "one step =", *lines, ""])
 
 
-def _model(trainer: "PolicyTrainer") -> str:
-    parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+def describe(model: Any, args: "PolicyConfig") -> str:
+    """A model by name, size and precision."""
+    parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in parameters), sum(n for n, grad in parameters if grad)
     share = "" if trained == total else f", {trained / 1e6:.2f} M trained (LoRA)"
-    precision = "bf16 autocast" if trainer.args.bf16 else "fp16 autocast" if trainer.args.fp16 else "no autocast"
-    dtype = str(trainer.model.dtype).removeprefix("torch.")
-    return f"{trainer.model.config._name_or_path}: {total / 1e6:.1f} M parameters{share}, {dtype} weights, {precision}"
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.config._name_or_path}: {total / 1e6:.1f} M parameters{share}, {dtype} weights, {precision}"
 
 
 def _step(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
@@ -88,6 +90,7 @@ def _objective(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
         rows.append(("thermostat", f"holds entropy in [{one.low:g}, {one.high:g}] nats: {moves}"))
     if args.beta and "reference_kl" not in [control.name for control in args.control_list]:
         rows.append(("reference KL", f"beta {args.beta:g}"))
+    rows += [("reward KL", f"coefficient {trainer.beta:g}")] if trainer.beta and not args.beta else []
     if trainer.use_vllm and args.vllm_importance_sampling_correction:
         rows.append(
             (

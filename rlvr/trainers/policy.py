@@ -250,6 +250,10 @@ class PolicyTrainer(ControlledTrainer):
     def start(self) -> None:
         """Training begins: model and optimizer are wrapped, and are what `self._checkpoint` holds if there is one."""
 
+    def header_rows(self) -> list[tuple[str, str]]:
+        """Rows of the header beside everybody's."""
+        return []
+
     def close(self) -> None:
         """Free the in-process engine; the trainer cannot sample afterwards."""
         if isinstance(getattr(self, "vllm_generation", None), CpuEngine):

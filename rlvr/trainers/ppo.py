@@ -19,6 +19,7 @@ from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.critic import FOLDER, OwnCritic, SharedCritic
 from rlvr.trainers.critic_model import adapted, check_critic, copy_critic, load_critic
 from rlvr.trainers.forward import VALUE, Statistics
+from rlvr.trainers.header import describe
 from rlvr.trainers.instruments import global_mean, value_means
 from rlvr.trainers.policy import PolicyTrainer
 from rlvr.trainers.ppo_config import OWN_COPY, SHARED, PPOConfig
@@ -196,6 +197,14 @@ class PPOTrainer(PolicyTrainer):
         self.critic.prepare(self.state.max_steps)
         if self._checkpoint is not None:
             self.critic.resume(f"{self._checkpoint}/{FOLDER}")
+
+    def header_rows(self) -> list[tuple[str, str]]:
+        args = self.args
+        what = f"a value head on the policy's backbone, weight {args.vf_coef}"
+        if isinstance(self.critic, OwnCritic):
+            what = describe(self.critic.module, args)
+        alone = f", trained alone for {args.critic_warmup_steps} steps" if args.critic_warmup_steps else ""
+        return [("critic", f"{what}, learning rate {args.critic_learning_rate:g}{alone}")]
 
     def _load_weights(self, checkpoint: str) -> None:
         super()._load_weights(checkpoint)
