@@ -19,7 +19,9 @@ from trl import ModelConfig, TrlParser
 import rlvr
 from rlvr.monitor.records import read_steps
 from rlvr.tasks import TaskConfig
+from rlvr.trainers.config import PolicyConfig
 
+PPO = {"ppo", "ppo_entropy_advantage", "ppo_kl_cov"}  # recipes of recipes/ppo.py, all others are of recipes/grpo.py
 GROUP = 4
 SMALL: dict[str, Any] = {
     "num_generations": GROUP,
@@ -39,13 +41,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def parse(path: Path, *flags: str) -> tuple[TaskConfig, rlvr.GRPOConfig, ModelConfig]:
-    parser = TrlParser((TaskConfig, rlvr.GRPOConfig, ModelConfig))
+def parse(path: Path, *flags: str) -> tuple[TaskConfig, PolicyConfig, ModelConfig]:
+    config_class = rlvr.PPOConfig if path.stem in PPO else rlvr.GRPOConfig
+    parser = TrlParser((TaskConfig, config_class, ModelConfig))
     parsed: Any = parser.parse_args_and_config(["--config", str(path), *flags])
     return parsed
 
 
-def small_config(recipe: Path, out: Path, *, updates: int, vllm: bool) -> rlvr.GRPOConfig:
+def small_config(recipe: Path, out: Path, *, updates: int, vllm: bool) -> PolicyConfig:
     """The recipe's settings with everything replaced that only says how large it is, but for updates per rollout."""
     settings = yaml.safe_load(recipe.read_text())
     settings |= {**SMALL, "output_dir": str(out / "run"), "use_vllm": vllm}
@@ -54,7 +57,7 @@ def small_config(recipe: Path, out: Path, *, updates: int, vllm: bool) -> rlvr.G
     for control in settings.get("controls", []):
         if control["name"] == "token_budget":
             control["tokens"] = GROUP * SMALL["max_completion_length"] // 2
-    path = out / "small.yaml"
+    path = out / recipe.name
     path.write_text(yaml.safe_dump(settings))
     return parse(path)[1]
 
@@ -63,10 +66,11 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [share_of_ascii(text, "") for text in completions]
 
 
-def train(args: rlvr.GRPOConfig, model_dir: str | Path) -> dict[str, Any]:
+def train(args: PolicyConfig, model_dir: str | Path) -> dict[str, Any]:
     """What each step recorded, and whether the weights moved and are finite."""
     rows = Dataset.from_list([{"prompt": f"{i}+1="} for i in range(args.generation_batch_size // GROUP)])
-    with closing(rlvr.GRPOTrainer(str(model_dir), reward, args, rows)) as trainer:
+    make = rlvr.PPOTrainer if isinstance(args, rlvr.PPOConfig) else rlvr.GRPOTrainer
+    with closing(make(str(model_dir), reward, args, rows)) as trainer:
         trainer.train()
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
     after = trainer.accelerator.unwrap_model(trainer.model).state_dict()

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_run import parse, small_config, train
+from recipe_run import PPO, parse, small_config, train
 from transformers import TrainingArguments
 
 import rlvr
 from rlvr.controls import CONTROLS, KlCov
 from rlvr.monitor.metrics import METRICS
 from rlvr.surrogates import SURROGATES
+from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.staged import total_steps
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,9 @@ BATCHES = {
     "icepop": (256, 16, 8),
     "kl_cov": (256, 8, 8),
     "off_policy_mask": (256, 8, 8),
+    "ppo": (128, 64, 1),
+    "ppo_entropy_advantage": (256, 8, 8),
+    "ppo_kl_cov": (256, 8, 8),
     "sapo": (256, 16, 4),
     "steer": (512, 8, 16),
     "thermostat": (256, 8, 8),
@@ -82,6 +86,7 @@ def test_paper_recipes_have_the_papers_batches_on_eight_processes(name: str, mon
     assert args.save_steps % updates == 0  # a resumed run starts with a new rollout
     assert f" = {per_update} completions per update" in RECIPES[name].read_text()
     assert args.output_dir == f"runs/{name}" and model.model_name_or_path
+    assert (name in PPO) == ("recipes/ppo.py" in RECIPES[name].read_text())
     if task.schedule:
         assert total_steps(task.schedule, args.max_steps, updates) > 0
 
@@ -93,16 +98,18 @@ def test_any_field_is_a_flag() -> None:
     assert args.control_list == (KlCov(fraction=0.01),)
 
 
-def check_trained(args: rlvr.GRPOConfig, result: dict[str, Any]) -> None:
+def check_trained(args: PolicyConfig, result: dict[str, Any]) -> None:
     """Two steps were taken, and whatever the run has tells of itself."""
     assert len(result["steps"]) == 2 and result["moved"] and result["finite"]
     areas = {control.name for control in args.control_list} | ({"thermostat"} if args.thermostat_config else set())
+    areas |= {"critic", "advantage"} if isinstance(args, rlvr.PPOConfig) else set()
     for step in result["steps"]:
-        told = {name for name in METRICS if name.partition("/")[0] in areas}
+        told = {name for name in METRICS if name.partition("/")[0] in areas} - {"critic/kl_penalty"}  # of kl_reward_coef
         assert told <= step.keys()
         assert {f"{control.name}/effect" for control in args.control_list} <= step.keys()
         assert all(value == value for value in step.values())
-    assert any(step["optim/grad_norm"] > 0 for step in result["steps"])
+    for name in ("optim/grad_norm", "critic/grad_norm") if isinstance(args, rlvr.PPOConfig) else ("optim/grad_norm",):
+        assert any(step[name] > 0 for step in result["steps"])
 
 
 @pytest.mark.parametrize("name", [name for name in BATCHES if name not in ENGINE])

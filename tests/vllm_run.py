@@ -1,6 +1,6 @@
 """Run in a process of its own by test_vllm_training.py: trains on real vLLM rollouts, then lets the engine go stale.
 
-python vllm_run.py MODEL_DIR OUT_DIR full|lora   ->  one JSON line
+python vllm_run.py MODEL_DIR OUT_DIR full|lora|ppo   ->  one JSON line
 """
 
 import json
@@ -23,7 +23,8 @@ def share_of_low_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def main(model_dir: str, out: str, method: str) -> None:
-    args = rlvr.GRPOConfig(
+    kind, make = (rlvr.PPOConfig, rlvr.PPOTrainer) if method == "ppo" else (rlvr.GRPOConfig, rlvr.GRPOTrainer)
+    args = kind(
         output_dir=out,
         use_vllm=True,
         temperature=0.8,
@@ -48,9 +49,7 @@ def main(model_dir: str, out: str, method: str) -> None:
     adapter = (
         {"peft_config": LoraConfig(r=8, lora_dropout=0.1, target_modules="all-linear")} if method == "lora" else {}
     )
-    with closing(
-        rlvr.GRPOTrainer(model, share_of_low_ids, args, rows, processing_class=tokenizer, **adapter)
-    ) as trainer:
+    with closing(make(model, share_of_low_ids, args, rows, processing_class=tokenizer, **adapter)) as trainer:
         trainer.train()
         steps = [record["metrics"] for record in read_steps(out)]
         trainer.vllm_generation.sync_weights = lambda: None

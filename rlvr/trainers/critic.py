@@ -89,6 +89,10 @@ class Critic(ABC):
         self._scheduler.load_state_dict(state["scheduler"])
 
     @abstractmethod
+    def saved(self, folder: str) -> bool:
+        """Whether `save` of a critic of this kind wrote the folder."""
+
+    @abstractmethod
     def load(self, folder: str) -> None:
         """Read the weights that `save` wrote."""
 
@@ -170,8 +174,12 @@ class OwnCritic(Critic):
     def save(self, folder: str) -> None:
         state = None if self._engine is None else self._accelerator.get_state_dict(self._wrapped)
         if self._trainer.args.should_save:
-            self.module.save_pretrained(folder, state_dict=state)
+            self.module.save_pretrained(self._weights(folder), state_dict=state)
             self._trainer.processing_class.save_pretrained(folder)
+
+    def _weights(self, folder: str) -> str:
+        """Adapters lie deeper: transformers takes those in a folder of a checkpoint for the policy's."""
+        return f"{folder}/adapter" if hasattr(self.module, "peft_config") else folder
 
     def save_state(self, folder: str) -> None:
         if self._engine is None:
@@ -188,11 +196,15 @@ class OwnCritic(Critic):
             raise ConfigError(f"resume_from_checkpoint: {folder!r} holds no state of a critic under DeepSpeed")
         self._scheduler.load_state_dict(client_state["scheduler"])
 
+    def saved(self, folder: str) -> bool:
+        kind = "adapter_config.json" if hasattr(self.module, "peft_config") else "config.json"
+        return Path(self._weights(folder), kind).is_file()
+
     def load(self, folder: str) -> None:
         if hasattr(self.module, "peft_config"):
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.module, load_peft_weights(folder, device="cpu"))
+            set_peft_model_state_dict(self.module, load_peft_weights(self._weights(folder), device="cpu"))
         else:
             self.module.load_state_dict(type(self.module).from_pretrained(folder).state_dict())
 
@@ -225,6 +237,9 @@ class SharedCritic(Critic):
         if self._trainer.args.should_save:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(self.module.state_dict(), Path(folder, HEAD))
+
+    def saved(self, folder: str) -> bool:
+        return Path(folder, HEAD).is_file()
 
     def load(self, folder: str) -> None:
         self.module.load_state_dict(load_file(Path(folder, HEAD)))

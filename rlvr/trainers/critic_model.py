@@ -4,8 +4,9 @@ A critic is saved and loaded as such, so that other tools read it and a reward m
 it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
@@ -36,7 +37,7 @@ class ValueHead(nn.Linear):
 
 
 def load_critic(name: str, **options: Any) -> Any:
-    """The model `name` as a critic. A head that its checkpoint does not have starts with the value 0.
+    """The model `name` as a critic. What its checkpoint has not of a head starts as 0.
 
     options: of from_pretrained.   Raises: ConfigError for what is no language model.
     """
@@ -44,7 +45,10 @@ def load_critic(name: str, **options: Any) -> Any:
     config = _of_values(AutoConfig.from_pretrained(name, **known))
     with _quiet():  # a new head is no news
         critic, found = _value_class(config).from_pretrained(name, config=config, output_loading_info=True, **options)
-    return _prepared(critic, new_head=any(key.startswith(_head_name(critic)) for key in found["missing_keys"]))
+    lost = [key for key in found["unexpected_keys"] if key.startswith(("score.", "classifier.", "v_head."))]
+    if lost:
+        warnings.warn(f"critic={name!r}: {', '.join(lost)} does not fit; the value head starts as 0", stacklevel=2)
+    return _prepared(critic, set(found["missing_keys"]))
 
 
 def copy_critic(policy: Any) -> Any:
@@ -58,15 +62,15 @@ def copy_critic(policy: Any) -> Any:
     critic = _value_class(config)._from_config(config, dtype=policy.dtype)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     critic.config._name_or_path = policy.config._name_or_path
-    return _prepared(critic.to(policy.device), new_head=True)
+    return _prepared(critic.to(policy.device), {name for name, _ in critic.named_parameters()})
 
 
 def adapted(critic: Any, peft_config: Any) -> Any:
-    """The critic with adapters of the policy's settings; its head is trained whole."""
+    """The critic with adapters of the policy's settings but for dropout; its head is trained whole."""
     from peft import TaskType, get_peft_model
 
     own = replace(deepcopy(peft_config), task_type=TaskType.TOKEN_CLS, modules_to_save=[_head_name(critic)])
-    return get_peft_model(critic, own)
+    return get_peft_model(critic, _without_dropout(own))
 
 
 def check_critic(name: str, tokenizer: Any, **options: Any) -> None:
@@ -95,10 +99,10 @@ def check_critic(name: str, tokenizer: Any, **options: Any) -> None:
 
 def _value_class(config: Any) -> type[PreTrainedModel]:
     """The family's class for token classification, made as transformers makes its own where it has none."""
-    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        return cast(type[PreTrainedModel], MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)])
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"critic of model_type={config.model_type!r}: must be a causal language model")
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return cast(type[PreTrainedModel], MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)])
     causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     family = next(cls for cls in causal.__mro__ if PreTrainedModel in cls.__bases__)
     name = causal.__name__.replace("ForCausalLM", "ForTokenClassification")
@@ -109,17 +113,22 @@ def _head_name(critic: Any) -> str:
     return next(name for name, module in critic.named_children() if getattr(module, "out_features", None) == 1)
 
 
-def _prepared(critic: Any, *, new_head: bool) -> Any:
-    head = getattr(critic, _head_name(critic))
+def _prepared(critic: Any, new: Collection[str]) -> Any:
+    """new: parameters that no checkpoint gave."""
+    name = _head_name(critic)
+    head = getattr(critic, name)
     head.__class__ = ValueHead
-    if new_head:
-        _zero(head)
+    _zero([parameter for key, parameter in head.named_parameters() if f"{name}.{key}" in new])
     return critic
 
 
 def _of_values(config: Any) -> Any:
-    """One label, and no dropout: a value must not depend on chance."""
     config.num_labels, config.classifier_dropout = 1, 0.0
+    return _without_dropout(config)
+
+
+def _without_dropout(config: Any) -> Any:
+    """A value must not depend on chance."""
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -137,16 +146,16 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _zero(head: nn.Module) -> None:
-    if any(hasattr(p, "ds_id") for p in head.parameters()):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters(list(head.parameters()), modifier_rank=0):
-            _zero_whole(head)
-    else:
-        _zero_whole(head)
+def _zero(parameters: list[nn.Parameter]) -> None:
+    with gathered(parameters):
+        for parameter in parameters:
+            parameter.zero_()
 
 
-def _zero_whole(head: nn.Module) -> None:
-    for parameter in head.parameters():
-        parameter.zero_()
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """A context in which parameters that ZeRO-3 has partitioned are whole; what rank 0 writes is then everybody's."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)

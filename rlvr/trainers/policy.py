@@ -154,7 +154,8 @@ class PolicyTrainer(ControlledTrainer):
             bridge.number_sequences(batch, self.accelerator.process_index)
             self._set_rewards(batch)
             self._set_advantages(batch)
-            if self.steering.scoped("rollout") or (self.use_vllm and not self._parity_checked):
+            decides = bool(self.steering.scoped("rollout")) and not self._warming_up
+            if decides or (self.use_vllm and not self._parity_checked):
                 self._apply_rollout_controls(batch)
             self._attach_measured(batch)
             sizes = bridge.count_trained(batch, self.reduce)
@@ -175,6 +176,11 @@ class PolicyTrainer(ControlledTrainer):
     def _mine(self, values: Tensor) -> Tensor:
         """Of one number for each completion of all ranks, those of this rank."""
         return values.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether the optimizer step at hand leaves the policy as it is."""
+        return False
 
     @abstractmethod
     def _set_advantages(self, batch: dict[str, Any]) -> None:
@@ -223,6 +229,7 @@ class PolicyTrainer(ControlledTrainer):
         """
         requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = self._checkpoint = resolve_checkpoint(str(self.args.output_dir), requested)
+        self.accelerator.wait_for_everyone()  # what the first process writes now must not be what another one finds
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
         if self.is_world_process_zero() and not self.run_callback.is_open:

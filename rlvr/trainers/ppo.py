@@ -100,9 +100,9 @@ class PPOTrainer(PolicyTrainer):
             told["critic/kl_penalty"] = global_mean(apart[mask], self.reduce)
         alpha = args.length_adaptive_alpha
         lam = args.lam if alpha is None else length_adaptive_lam(mask, alpha)
-        advantages, returns = gae(rewards, values, mask, gamma=args.gamma, lam=lam)
-        if args.critic_lam is not None:
-            _, returns = gae(rewards, values, mask, gamma=args.gamma, lam=args.critic_lam)
+        critic_lam = args.lam if args.critic_lam is None else args.critic_lam
+        advantages, _ = gae(rewards, values, mask, gamma=args.gamma, lam=lam)
+        _, returns = gae(rewards, values, mask, gamma=args.gamma, lam=critic_lam)
         _, earned = gae(rewards, values, mask, gamma=args.gamma, lam=1.0)
         told |= value_means(values[mask], earned[mask], advantages[mask], self.reduce)
         self.meter.start_rollout(self._rollout_step, told)
@@ -119,7 +119,6 @@ class PPOTrainer(PolicyTrainer):
 
     @property
     def _warming_up(self) -> bool:
-        """Whether the optimizer step at hand is the critic's alone."""
         return self.state.global_step < self.args.critic_warmup_steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -213,6 +212,11 @@ class PPOTrainer(PolicyTrainer):
     def _check_checkpoint(self, checkpoint: str) -> None:
         if not Path(checkpoint, FOLDER).is_dir():
             raise ConfigError(f"resume_from_checkpoint={checkpoint!r} holds no critic: it is of a run without one")
+        if not self.critic.saved(f"{checkpoint}/{FOLDER}"):
+            raise ConfigError(
+                f"resume_from_checkpoint={checkpoint!r} holds another kind of critic than critic={self.args.critic}, "
+                f"critic_lora={self.args.critic_lora}: resume with the run's own settings"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as ever, and the critic in the folder `critic` beside it."""

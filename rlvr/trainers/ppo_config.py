@@ -1,7 +1,7 @@
 """What a PPO run is, checked before any model is loaded."""
 
-import math
 import os
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ class PPOConfig(PolicyConfig):
     lam: float = field(default=1.0, metadata={"help": "GAE's lambda of the policy's advantages, in [0, 1]."})
     critic_lam: float | None = field(
         default=None,
-        metadata={"help": "GAE's lambda of the critic's returns (decoupled GAE, VC-PPO). Default: lam."},
+        metadata={"help": "GAE's lambda of the critic's returns (decoupled GAE, VC-PPO: 1.0). Default: lam."},
     )
     length_adaptive_alpha: float | None = field(
         default=None,
@@ -88,23 +88,23 @@ class PPOConfig(PolicyConfig):
             raise ConfigError("PPO's critic is not sharded by FSDP: use DeepSpeed (recipes/accelerate/zero2.yaml)")
 
     def _check_numbers(self) -> None:
-        for name in ("gamma", "lam", "critic_lam"):
+        may_be_none = ("critic_lam", "length_adaptive_alpha", "cliprange_value", "vf_coef")
+        bounds = {
+            **dict.fromkeys(("gamma", "lam", "critic_lam"), (0.0, 1.0, "in [0, 1]")),
+            **dict.fromkeys(("kl_reward_coef", "cliprange_value", "vf_coef"), (0.0, _MOST, ">= 0")),
+            **dict.fromkeys(("length_adaptive_alpha", "critic_learning_rate"), (_LEAST, _MOST, "> 0")),
+        }
+        for name, (low, high, must_be) in bounds.items():
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{name}={value}: must be in [0, 1]")
+            if not (_is_number(value) and low <= value <= high) and not (value is None and name in may_be_none):
+                raise ConfigError(f"{name}={value!r}: must be a number {must_be}")
         alpha = self.length_adaptive_alpha
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise ConfigError(f"length_adaptive_alpha={alpha}: must be a positive number")
         if alpha is not None and self.lam != _default("lam"):
             raise ConfigError(f"lam={self.lam} has no effect with length_adaptive_alpha={alpha}: unset one of them")
-        for name in ("kl_reward_coef", "cliprange_value", "vf_coef"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"{name}={value}: must be a number >= 0")
-        if not 0 < self.critic_learning_rate < math.inf:
-            raise ConfigError(f"critic_learning_rate={self.critic_learning_rate}: must be a positive number")
 
     def _check_critic(self) -> None:
+        if not isinstance(self.critic, str):
+            raise ConfigError(f"critic={self.critic!r}: must be copy, shared or the name of a model")
         if self.critic == SHARED:
             if self.critic_warmup_steps:
                 raise ConfigError(
@@ -125,7 +125,8 @@ class PPOConfig(PolicyConfig):
         group: int = self.num_generations or 1
         if group == 1:
             if (whole := completions_per_rollout(self)) < 2:
-                raise ConfigError(f"per_device_train_batch_size gives {whole} completion per rollout: give at least 2")
+                size = f"per_device_train_batch_size={self.per_device_train_batch_size}"
+                raise ConfigError(f"{size} gives {whole} completion per rollout: give at least 2")
             self.num_generations = whole
         self.num_generations_eval: int | None = self.num_generations_eval or group
         super()._resolve()
@@ -134,7 +135,7 @@ class PPOConfig(PolicyConfig):
 
     def _check_warmup(self) -> None:
         steps, unit = self.critic_warmup_steps, max(1, round(self.updates_per_rollout))
-        if not isinstance(steps, int) or steps < 0 or steps % unit:
+        if type(steps) is not int or steps < 0 or steps % unit:
             raise ConfigError(
                 f"critic_warmup_steps={steps}: must be whole rollouts of {unit} optimizer step(s), so a multiple of it"
             )
@@ -147,6 +148,13 @@ class PPOConfig(PolicyConfig):
         lam = f"{self.lam:g}" if self.length_adaptive_alpha is None else f"1 - 1 / ({self.length_adaptive_alpha:g} l)"
         apart = "" if self.critic_lam is None else f", critic's lambda {self.critic_lam:g}"
         return f"GAE, gamma {self.gamma:g}, lambda {lam}{apart}"
+
+
+_LEAST, _MOST = sys.float_info.min, sys.float_info.max
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _default(name: str) -> Any:
