@@ -125,6 +125,34 @@ def explained_variance(values: Tensor, returns: Tensor, reduce: Reduce | None = 
     return 1 - left / total if total else float("nan")
 
 
+def quantiles(values: Tensor, shares: Sequence[float], reduce: Reduce | None = None) -> list[float]:
+    """Of n values over all ranks, the one that floor(share (n - 1)) others stand before in order, for each share; the
+    same on every rank. NaN of nothing.
+
+    By bisection on counts, so that no rank holds the values of another.   values: [N] of this rank, finite.   shares:
+    in [0, 1].   Raises: ValueError if a share lies outside [0, 1].
+    """
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"share={share}: must lie in [0, 1]")
+    reduce = reduce or LocalReduce()
+    mine = values.detach().sort().values
+    total = _count(mine, reduce)
+    if not total:
+        return [float("nan")] * len(shares)
+    wanted = torch.tensor([int(share * (total - 1) + 1e-9) for share in shares], device=mine.device)
+    ends = reduce.gather(mine[[0, -1]] if len(mine) else mine).double()
+    low, high = (x.expand(len(shares)) for x in (ends.min(), ends.max()))
+    for _ in range(100):  # each halves what is left between low, below the value sought, and high, not below it
+        middle = (low + high) / 2
+        enough = reduce.sum(torch.searchsorted(mine.double(), middle, right=True)) > wanted
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    places = torch.searchsorted(mine.double(), high, right=True)
+    padded = torch.cat([mine.new_full((1,), -math.inf), mine])
+    nearest: list[float] = reduce.gather(padded[places].double().unsqueeze(0)).amax(0).tolist()
+    return nearest
+
+
 def _count(values: Tensor, reduce: Reduce) -> int:
     return int(reduce.sum(torch.tensor(values.numel(), dtype=torch.int64, device=values.device)))
 

@@ -4,8 +4,9 @@
     python scripts/entropy_lab.py collapse --seeds 0 1 2        plain GRPO
     python scripts/entropy_lab.py covariance --seeds 0 1 2      Clip-Cov and KL-Cov
     python scripts/entropy_lab.py thermostat --seeds 0 1 2      entropy held in a band, against constant bonuses
+    python scripts/entropy_lab.py critic --seeds 0 1 2          PPO's critics against GRPO's groups
 
-Runs are kept in runs/lab/ and not repeated. A run is 100 rollouts, 400 optimizer steps of `rlvr.GRPOTrainer`.
+Runs are kept in runs/lab/ and not repeated. A run is 100 rollouts, 400 optimizer steps of `rlvr`'s trainers.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from rlvr.errors import ConfigError
-from rlvr.trainers.critic_model import ValueHead, adapted, copy_critic, load_critic
+from rlvr.trainers.critic_model import ValueHead, adapted, copy_critic, load_critic, with_float32_head
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -96,6 +97,38 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ backbone and head
+
+
+def test_a_checkpoint_without_the_backbones_weights_is_refused(tmp_path: Path) -> None:
+    policy = policy_of("llama")
+    saved(policy, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"backbone.{name}": x for name, x in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lacks \d+ weights of its backbone.* first model\.") as error:
+        load_critic(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_classifier_of_several_labels_gives_its_backbone(tmp_path: Path) -> None:
+    config = policy_of("llama").config
+    config.num_labels = 2
+    model = AutoModelForTokenClassification.from_config(config)
+    with pytest.warns(UserWarning, match=r"score.* does not fit; the value head starts as 0"):
+        critic = load_critic(saved(model, tmp_path)).eval()
+    torch.testing.assert_close(hidden_states(critic), hidden_states(model.eval()), rtol=1e-5, atol=1e-6)
+    assert torch.equal(values(critic), torch.zeros(2, 9))
+
+
+def test_changes_of_the_policys_configuration_are_the_critics(tmp_path: Path) -> None:
+    policy = policy_of("llama")
+    critic = load_critic(saved(policy, tmp_path), {"num_hidden_layers": 1, "rms_norm_eps": 0.1})
+    assert (critic.config.num_hidden_layers, critic.config.rms_norm_eps) == (1, 0.1)
+
+
+def test_a_bfloat16_critic_has_a_float32_head() -> None:
+    critic = with_float32_head(copy_critic(policy_of("llama").bfloat16()))
+    assert {p.dtype for p in critic.score.parameters()} == {torch.float32}
+    assert {p.dtype for p in critic.base_model.parameters()} == {torch.bfloat16}
 
 
 @every_family

@@ -18,6 +18,7 @@ from rlvr.diagnostics import (
     explained_variance,
     pass_at_k,
     quantile_shares,
+    quantiles,
     top_share_means,
 )
 from rlvr.types import Mean, Reduce
@@ -254,3 +255,18 @@ def test_explained_variance_of_returns_that_do_not_vary_is_nan() -> None:
     assert all(math.isnan(found) for found in ranks)
     with pytest.raises(ValueError, match=r"values has shape \(3,\), returns has \(1,\)"):
         explained_variance(torch.zeros(3), torch.zeros(1))
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 1000])
+def test_quantiles_are_values_in_order(number: int) -> None:
+    values = torch.randn(number, generator=torch.Generator().manual_seed(number))
+    ordered = values.sort().values.tolist()
+    shares = (0.0, 0.05, 0.5, 0.95, 1.0)
+    assert quantiles(values, shares) == [ordered[int(share * (number - 1) + 1e-9)] for share in shares]
+
+
+def test_quantiles_of_equal_values_and_of_none() -> None:
+    assert quantiles(torch.full((5,), -0.1), [0.0, 0.5, 1.0]) == [pytest.approx(-0.1)] * 3
+    assert all(math.isnan(x) for x in quantiles(torch.empty(0), [0.5]))
+    with pytest.raises(ValueError, match=r"share=1.5: must lie in \[0, 1\]"):
+        quantiles(torch.ones(1), [1.5])

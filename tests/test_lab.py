@@ -1,6 +1,7 @@
 """The laboratory: its verifier is exact, its problems are split cleanly, and the product's trainer runs in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rlvr.errors import ConfigError
 from rlvr.monitor.records import read_evals, read_steps
 from scripts.lab.base import BaseSettings, base_model, encoded, new_model, tokenizer, train
 from scripts.lab.countdown import IDS, VOCABULARY, all_solutions, draw, reward, split, verify
-from scripts.lab.experiments import BAND, METHODS
+from scripts.lab.experiments import BAND, METHODS, lab_run
 from scripts.lab.results import Band, result
 from scripts.lab.runs import UPDATES, LabRun, config, perform
 
@@ -148,7 +149,7 @@ def test_run_is_recorded_and_not_repeated(untrained: Path, tmp_path: Path, monke
 def test_methods_are_valid_settings(name: str):
     """Controls and thermostats are built when the configuration is made."""
     wanted = METHODS[name]
-    args = config(LabRun(name=name, settings=wanted))
+    args = config(lab_run(name, 0))
     assert [control.name for control in args.control_list] == [c["name"] for c in wanted.get("controls", [])]
     assert (args.thermostat_config is not None) == ("thermostat" in wanted)
     assert args.updates_per_rollout == UPDATES
@@ -169,6 +170,7 @@ def test_result_by_hand(tmp_path: Path):
     assert found.reward == pytest.approx(1 - 0.31, abs=1e-12)  # the mean of .40, .38, ... .22 is .31
     assert found.pass_at == {"1": 1 / 16, "8": 0.5, "16": 1.0}
     assert found.r2_linear == pytest.approx(1.0, abs=1e-12) and found.r2 < 1 - 1e-6
+    assert found.explained is None
 
 
 def append(path: Path, step: int, metrics: dict[str, float]) -> None:
@@ -194,7 +196,7 @@ def test_runs_repeat_bit_by_bit(trained_base: Path, tmp_path: Path, monkeypatch:
     measured = []
     for again in ("first", "second"):
         monkeypatch.chdir(tmp_path)
-        run = LabRun(name=again, settings=METHODS["thermostat-kl-cov"], rollouts=5)
+        run = replace(lab_run("thermostat-kl-cov", 0), name=again, rollouts=5)
         measured.append(numbers(perform(run, trained_base)))
     assert measured[0] == measured[1]
 
@@ -205,10 +207,19 @@ def test_collapse_is_real_and_covariance_controls_slow_it(
 ):
     monkeypatch.chdir(tmp_path)
     found = {
-        name: result(perform(LabRun(name=name, settings=METHODS[name]), trained_base), UPDATES, BAND)
+        name: result(perform(lab_run(name, 0), trained_base), UPDATES, BAND)
         for name in ("grpo", "clip-cov", "kl-cov")
     }
     plain = found["grpo"]
     assert plain.entropy[-1] < 0.20 and plain.reward > 0.65 and plain.r2 > 0.95
     for name in ("clip-cov", "kl-cov"):
         assert found[name].entropy[-1] - plain.entropy[-1] > 0.02
+
+
+@pytest.mark.slow
+def test_a_critic_earns_no_less_than_groups(trained_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At equal samples, up to what seeds differ by; values explain something that prompts and a constant do not."""
+    monkeypatch.chdir(tmp_path)
+    grpo, ppo = (result(perform(lab_run(name, 0), trained_base), UPDATES, BAND) for name in ("grpo", "ppo-no-groups"))
+    assert ppo.reward > grpo.reward - 0.03 and ppo.entropy[-1] < 0.20
+    assert ppo.explained is not None and ppo.explained > 0.05

@@ -76,6 +76,10 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"multi_objective_aggregation": "normalize_then_sum"},
         ("multi_objective_aggregation=normalize_then_sum", "unset it"),
     ),
+    **{
+        f"{kind} schedule": ({"lr_scheduler_type": kind}, (f"lr_scheduler_type={kind}", "choose another"))
+        for kind in ("reduce_lr_on_plateau", "greedy")
+    },
     "fp16": ({"fp16": True}, ("fp16=True", "use bf16")),
     "one completion in all": ({"per_device_train_batch_size": 1}, ("per_device_train_batch_size=1", "at least 2")),
     "no completion": ({"num_generations": 0}, ("num_generations=0", "at least 1")),
@@ -105,6 +109,13 @@ def test_a_critic_sharded_by_fsdp_is_refused(make: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(ConfigError, match=r"critic is not sharded by FSDP: use DeepSpeed \(recipes/accelerate/zero2"):
         make()
+
+
+def test_a_warm_up_as_long_as_the_stages_is_refused_with_the_data(make: Make) -> None:
+    config = make(critic_warmup_steps=4)
+    config.max_steps = 4  # as stages set it
+    with pytest.raises(ConfigError, match=r"critic_warmup_steps=4 leaves none of max_steps=4 to the policy"):
+        config.check_data(["prompt"], 100)
 
 
 # ------------------------------------------------------------------------------------------------ what is accepted

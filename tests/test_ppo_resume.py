@@ -10,7 +10,7 @@ import torch
 from ppo_cases import by_step, flat, history, in_rows, policy_trainer, ppo_trainer, rollouts, told_values
 from test_grpo_trainer import FixedRollouts
 from torch import Tensor
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from rlvr.errors import ConfigError
 from rlvr.monitor.records import read_steps
@@ -109,13 +109,49 @@ def test_a_saved_critic_is_an_ordinary_model(adapters: bool, tiny_model_dir: Pat
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == one.processing_class.get_vocab()
 
 
-def test_a_run_starts_from_the_critic_of_another(tiny_model_dir: Path, tmp_path: Path) -> None:
-    first = run(tiny_model_dir, tmp_path / "first")
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+def test_a_run_starts_from_the_critic_of_another(adapters: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Of one with adapters, too, which are merged."""
+    first = run(tiny_model_dir, tmp_path / "first", peft_config=lora() if adapters else None)
     first.train()
     later = run(tiny_model_dir, tmp_path / "later", critic=str(tmp_path / "first/checkpoint-6/critic"))
-    assert torch.equal(flat(later.critic.module), flat(first.critic.module))
+    critic = first.critic.module.merge_and_unload() if adapters else first.critic.module
+    torch.testing.assert_close(flat(later.critic.module), flat(critic), rtol=0, atol=1e-6 if adapters else 0)
     later.train()
     assert history(later)[0]["critic/value"] != 0 == history(first)[0]["critic/value"]
+
+
+def test_weights_alone_are_enough_to_go_on_with(tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole = run(tiny_model_dir, tmp_path / "whole", save_only_model=True)
+    whole.train()
+    resumed = run(tiny_model_dir, tmp_path / "resumed")
+    weights = by_step(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    saved = flat(load_critic(str(tmp_path / "whole/checkpoint-2/critic")))
+    assert torch.equal(weights["critic"][0], flat(load_critic(str(tiny_model_dir))))
+    assert (weights["critic"][1] - saved).norm() < 0.5 * (weights["critic"][1] - weights["critic"][0]).norm()
+
+
+def test_the_best_policy_comes_with_its_critic(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = run(tiny_model_dir, tmp_path, save_steps=1, num_iterations=1, max_steps=3)
+    weights = by_step(one)
+    one.train()
+    one.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    one._load_best_model()
+    for part, module in (("policy", one.model), ("critic", one.critic.module)):
+        assert torch.equal(flat(module), weights[part][1])
+        assert not torch.equal(weights[part][1], weights[part][3])
+
+
+def test_a_critic_of_another_shape_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    config = AutoConfig.from_pretrained(tiny_model_dir, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(small)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(small)
+    run(tiny_model_dir, tmp_path / "whole", critic=str(small)).train()
+    one = run(tiny_model_dir, tmp_path / "resumed")
+    with pytest.raises(ConfigError, match=r"holds another critic than that of critic=copy"):
+        one.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
 
 
 @pytest.mark.parametrize("name", ["own", "shared", "adapters"])

@@ -24,6 +24,7 @@ from test_ranks_training import CONTROLS, TOLD
 from test_steering_training import THERMOSTAT
 from torch import Tensor
 
+from rlvr.errors import ConfigError
 from rlvr.monitor.records import read_tokens
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.types import token_keys
@@ -272,3 +273,25 @@ def test_token_records_have_what_the_critic_said(tiny_model_dir: Path, tmp_path:
             for name, padded in told.items():
                 assert len(row[name]) == len(row["token_ids"])
                 assert row[name] == in_rows(padded, batch)[row["sequence"]].tolist()
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = ppo_trainer(tiny_model_dir, tmp_path, max_steps=-1, num_train_epochs=1, critic_warmup_steps=4)
+    with pytest.raises(ConfigError, match=r"critic_warmup_steps=4 leaves none of 4 steps to the policy"):
+        one.train()
+
+
+def test_an_infinite_reward_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = ppo_trainer(tiny_model_dir, tmp_path)
+    one.reward_funcs = [lambda completions, **_: [float("inf")] * len(completions)]
+    with pytest.raises(ValueError, match=r"rewards\[0, \d+\]=inf: must be finite"):
+        one.train()
+
+
+def test_the_table_of_completions_has_the_critics_advantages(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = ppo_trainer(tiny_model_dir, tmp_path, max_steps=2, lam=0.9, whiten_advantages=False)
+    seen = rollouts(one)
+    one.train()
+    told = list(one._logs["advantages"])
+    means = [float(row.mean()) for batch in seen for row in in_rows(batch["advantages"], batch)]
+    assert told == pytest.approx(means[-len(told) :], abs=1e-6) and len(told) >= 16

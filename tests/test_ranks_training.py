@@ -48,27 +48,31 @@ MEASURED = (
 # Two processes on a CPU, from recipes that are made for more.
 LAUNCHES = {
     "ddp": ["--config_file", "recipes/accelerate/cpu2.yaml"],
+    "zero2": ["--config_file", "recipes/accelerate/zero2.yaml", "--num_processes", "2", "--mixed_precision", "no"],
     "zero3": ["--config_file", "recipes/accelerate/zero3.yaml", "--num_processes", "2", "--mixed_precision", "no"],
 }
 
 
-def run(launched: str | None, model_dir: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    """What the run measured and trained. launched: of LAUNCHES, None for one process."""
+def run_script(name: str, launched: str | None, *arguments: str) -> None:
+    """Run a script of this folder to its end. launched: of LAUNCHES, None for one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port), *LAUNCHES.get(launched or "", [])]
-    command = [sys.executable, *(launch if launched else []), str(ROOT / "tests/ranks_run.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/tests"}
     done = subprocess.run(
-        [*command, str(model_dir), str(out), json.dumps(settings)],
+        [sys.executable, *(launch if launched else []), str(ROOT / "tests" / name), *arguments],
         capture_output=True,
         text=True,
         timeout=280,
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/tests"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run(launched: str | None, model_dir: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """What the run measured and trained."""
+    run_script("ranks_run.py", launched, str(model_dir), str(out), json.dumps(settings))
     return torch.load(out / "result.pt")
 
 

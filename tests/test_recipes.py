@@ -104,7 +104,9 @@ def check_trained(args: PolicyConfig, result: dict[str, Any]) -> None:
     areas = {control.name for control in args.control_list} | ({"thermostat"} if args.thermostat_config else set())
     areas |= {"critic", "advantage"} if isinstance(args, rlvr.PPOConfig) else set()
     for step in result["steps"]:
-        told = {name for name in METRICS if name.partition("/")[0] in areas} - {"critic/kl_penalty"}  # of kl_reward_coef
+        told = {name for name in METRICS if name.partition("/")[0] in areas} - {
+            "critic/kl_penalty"
+        }  # of kl_reward_coef
         assert told <= step.keys()
         assert {f"{control.name}/effect" for control in args.control_list} <= step.keys()
         assert all(value == value for value in step.values())

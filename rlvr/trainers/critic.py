@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import AutoConfig, get_scheduler
 
 from rlvr.errors import ConfigError
 from rlvr.trainers import trl_bridge as bridge
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlvr.trainers.ppo import PPOTrainer
 
 FOLDER = "critic"  # in a checkpoint
+SAVES_WHOLE = "stage3_gather_16bit_weights_on_model_save"
 OPTIMIZER, HEAD = "optimizer.pt", "value_head.safetensors"
 
 
@@ -82,8 +83,10 @@ class Critic(ABC):
             torch.save(state, Path(folder, OPTIMIZER))
 
     def resume(self, folder: str) -> None:
-        """Go on from what `save` and `save_state` wrote."""
+        """Go on from what `save` and `save_state` wrote; with `save_only_model`, that is the weights."""
         self.load(folder)
+        if not Path(folder, OPTIMIZER).is_file():
+            return
         state = torch.load(Path(folder, OPTIMIZER), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
@@ -127,7 +130,10 @@ class OwnCritic(Critic):
             return
         import deepspeed
 
-        config = deepcopy(self._accelerator.state.deepspeed_plugin.deepspeed_config)
+        plugin = self._accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3 and not plugin.deepspeed_config["zero_optimization"].get(SAVES_WHOLE):
+            raise ConfigError("zero3_save_16bit_model: false would leave checkpoints without a critic: set it to true")
+        config = deepcopy(plugin.deepspeed_config)
         for section in ("optimizer", "scheduler"):
             config.pop(section, None)
         config["zero_force_ds_cpu_optimizer"] = False
@@ -177,36 +183,50 @@ class OwnCritic(Critic):
             self.module.save_pretrained(self._weights(folder), state_dict=state)
             self._trainer.processing_class.save_pretrained(folder)
 
+    @property
+    def _has_adapters(self) -> bool:
+        return hasattr(self.module, "peft_config")
+
     def _weights(self, folder: str) -> str:
         """Adapters lie deeper: transformers takes those in a folder of a checkpoint for the policy's."""
-        return f"{folder}/adapter" if hasattr(self.module, "peft_config") else folder
+        return f"{folder}/adapter" if self._has_adapters else folder
 
     def save_state(self, folder: str) -> None:
         if self._engine is None:
             super().save_state(folder)
         else:
-            self._wrapped.save_checkpoint(folder, client_state={"scheduler": self._scheduler.state_dict()})
+            state = {"scheduler": self._scheduler.state_dict()}
+            self._wrapped.save_checkpoint(folder, client_state=state, exclude_frozen_parameters=self._has_adapters)
 
     def resume(self, folder: str) -> None:
         if self._engine is None:
             super().resume(folder)
             return
-        found, client_state = self._wrapped.load_checkpoint(folder)
+        if not any(Path(folder).glob("*/*_states.pt")):  # save_only_model
+            self.load(folder)
+            return
+        found, client_state = self._wrapped.load_checkpoint(folder, load_module_strict=not self._has_adapters)
         if found is None:
             raise ConfigError(f"resume_from_checkpoint: {folder!r} holds no state of a critic under DeepSpeed")
         self._scheduler.load_state_dict(client_state["scheduler"])
 
     def saved(self, folder: str) -> bool:
-        kind = "adapter_config.json" if hasattr(self.module, "peft_config") else "config.json"
-        return Path(self._weights(folder), kind).is_file()
+        if self._has_adapters:
+            return Path(self._weights(folder), "adapter_config.json").is_file()
+        if not Path(folder, "config.json").is_file():
+            return False
+        theirs, ours = AutoConfig.from_pretrained(folder).get_text_config(), self.module.config.get_text_config()
+        shape = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
+        return all(getattr(theirs, name, None) == getattr(ours, name, None) for name in shape)
 
     def load(self, folder: str) -> None:
-        if hasattr(self.module, "peft_config"):
+        if self._has_adapters:
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(self.module, load_peft_weights(self._weights(folder), device="cpu"))
         else:
-            self.module.load_state_dict(type(self.module).from_pretrained(folder).state_dict())
+            saved = type(self.module).from_pretrained(folder, dtype=torch.float32)  # the head is float32
+            self.module.load_state_dict(saved.state_dict())
 
 
 class SharedCritic(Critic):

@@ -5,10 +5,11 @@ it.
 """
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,15 @@ from transformers.utils import logging
 
 from rlvr.errors import ConfigError
 
+HUB = (
+    "revision",
+    "subfolder",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "trust_remote_code",
+)  # where a model is found
+
 
 class ValueHead(nn.Linear):
     """Hidden states [..., D] to values [..., 1], computed in float32: a bfloat16 value has two digits."""
@@ -36,19 +46,40 @@ class ValueHead(nn.Linear):
             return linear(hidden.float(), self.weight.float(), bias)
 
 
-def load_critic(name: str, **options: Any) -> Any:
-    """The model `name` as a critic. What its checkpoint has not of a head starts as 0.
+def load_critic(name: str, changes: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """The model `name` as a critic. What its checkpoint has not of a head starts as 0; adapters are merged.
 
-    options: of from_pretrained.   Raises: ConfigError for what is no language model.
+    changes: of its configuration.   options: of from_pretrained.
+    Raises: ConfigError for what is no language model, or for a checkpoint that lacks weights of its backbone.
     """
-    known = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    config = _of_values(AutoConfig.from_pretrained(name, **known))
+    if (adapter := _adapter(name)) is not None:
+        from peft import PeftConfig, PeftModel
+
+        base = load_critic(str(PeftConfig.from_pretrained(adapter).base_model_name_or_path), changes, **options)
+        return PeftModel.from_pretrained(base, adapter).merge_and_unload().requires_grad_(True)
+    known = {key: options[key] for key in HUB if key in options}
+    config = _of_values(AutoConfig.from_pretrained(name, **known, **(changes or {})))
+    options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _quiet():  # a new head is no news
-        critic, found = _value_class(config).from_pretrained(name, config=config, output_loading_info=True, **options)
-    lost = [key for key in found["unexpected_keys"] if key.startswith(("score.", "classifier.", "v_head."))]
+        critic, found = _value_class(config).from_pretrained(name, **options)
+    apart = {key for key, *_ in found["mismatched_keys"]}
+    new = {*found["missing_keys"], *apart}
+    head = f"{_head_name(critic)}."
+    if lacking := sorted(key for key in new if not key.startswith(head)):
+        raise ConfigError(
+            f"critic={name!r} lacks {len(lacking)} weights of its backbone, or has them in another shape, "
+            f"first {lacking[0]}: give a checkpoint of a {config.model_type} model"
+        )
+    lost = [key for key in (*found["unexpected_keys"], *apart) if key.startswith(("score.", "classifier.", "v_head."))]
     if lost:
         warnings.warn(f"critic={name!r}: {', '.join(lost)} does not fit; the value head starts as 0", stacklevel=2)
-    return _prepared(critic, set(found["missing_keys"]))
+    return _prepared(critic, new)
+
+
+def _adapter(name: str) -> str | None:
+    """Where the adapters of a saved critic lie, if `name` is one with adapters."""
+    folders = (Path(name, "adapter"), Path(name))
+    return next((str(folder) for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
 def copy_critic(policy: Any) -> Any:
@@ -65,21 +96,25 @@ def copy_critic(policy: Any) -> Any:
     return _prepared(critic.to(policy.device), {name for name, _ in critic.named_parameters()})
 
 
-def adapted(critic: Any, peft_config: Any) -> Any:
-    """The critic with adapters of the policy's settings but for dropout; its head is trained whole."""
+def adapted(critic: Any, peft_config: Any, **options: Any) -> Any:
+    """The critic with adapters of the policy's settings but for dropout; its head is trained whole, as are the modules
+    that the policy trains whole and the critic has, too.   options: of get_peft_model.
+    """
     from peft import TaskType, get_peft_model
 
-    own = replace(deepcopy(peft_config), task_type=TaskType.TOKEN_CLS, modules_to_save=[_head_name(critic)])
-    return get_peft_model(critic, _without_dropout(own))
+    ours = {name.rpartition(".")[2] for name, _ in critic.named_modules()}
+    whole = [*(name for name in peft_config.modules_to_save or () if name in ours), _head_name(critic)]
+    own = replace(deepcopy(peft_config), task_type=TaskType.TOKEN_CLS, modules_to_save=whole)
+    return get_peft_model(critic, _without_dropout(own), **options)
 
 
-def check_critic(name: str, tokenizer: Any, **options: Any) -> None:
+def check_critic(name: str, tokenizer: Any) -> None:
     """Refuse a critic that does not read the policy's tokens, before anything is loaded.
 
     tokenizer: the policy's.   Raises: ConfigError.
     """
     try:
-        config, own = AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
+        config, own = _config_of(name), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"critic={name!r} is not copy, shared, or a model with its tokenizer: {reason}") from error
@@ -97,6 +132,15 @@ def check_critic(name: str, tokenizer: Any, **options: Any) -> None:
         raise ConfigError(f"critic={name!r} has vocab_size={rows}, too few for the policy's {needed} token ids")
 
 
+def _config_of(name: str) -> Any:
+    adapter = _adapter(name)
+    if adapter is not None:
+        from peft import PeftConfig
+
+        name = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    return AutoConfig.from_pretrained(name)
+
+
 def _value_class(config: Any) -> type[PreTrainedModel]:
     """The family's class for token classification, made as transformers makes its own where it has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -106,7 +150,17 @@ def _value_class(config: Any) -> type[PreTrainedModel]:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     family = next(cls for cls in causal.__mro__ if PreTrainedModel in cls.__bases__)
     name = causal.__name__.replace("ForCausalLM", "ForTokenClassification")
-    return type(name, (GenericForTokenClassification, family), {"base_model_prefix": causal.base_model_prefix})
+    home = {
+        "base_model_prefix": causal.base_model_prefix,
+        "__module__": causal.__module__,
+    }  # transformers reads its file
+    return type(name, (GenericForTokenClassification, family), home)
+
+
+def with_float32_head(critic: Any) -> Any:
+    """The critic, its head in float32: steps of a learning rate of 1e-5 on a bfloat16 weight round to nothing."""
+    getattr(critic, _head_name(critic)).float()
+    return critic
 
 
 def _head_name(critic: Any) -> str:
@@ -147,15 +201,12 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def _zero(parameters: list[nn.Parameter]) -> None:
-    with gathered(parameters):
+    """Of all ranks: what rank 0 writes into parameters that ZeRO-3 has partitioned is everybody's."""
+    whole: Any = nullcontext()
+    if any(hasattr(p, "ds_id") for p in parameters):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        whole = GatheredParameters(parameters, modifier_rank=0)
+    with whole:
         for parameter in parameters:
             parameter.zero_()
-
-
-def gathered(parameters: list[nn.Parameter]) -> Any:
-    """A context in which parameters that ZeRO-3 has partitioned are whole; what rank 0 writes is then everybody's."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters(parameters, modifier_rank=0)

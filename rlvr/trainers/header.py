@@ -90,7 +90,6 @@ def _objective(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
         rows.append(("thermostat", f"holds entropy in [{one.low:g}, {one.high:g}] nats: {moves}"))
     if args.beta and "reference_kl" not in [control.name for control in args.control_list]:
         rows.append(("reference KL", f"beta {args.beta:g}"))
-    rows += [("reward KL", f"coefficient {trainer.beta:g}")] if trainer.beta and not args.beta else []
     if trainer.use_vllm and args.vllm_importance_sampling_correction:
         rows.append(
             (
@@ -110,15 +109,20 @@ def _objective(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
 
 def _warnings(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
     """What will probably not do what its user expects."""
-    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
-    if torch.bfloat16 in trained and not trainer.is_deepspeed_enabled and trainer.args.learning_rate < 1e-5:
-        text = (
-            f"the trained weights are bfloat16 and keep 3 digits: most updates at learning rate "
-            f"{trainer.args.learning_rate:g} round to nothing. Set dtype: float32 (bf16: true still computes in "
-            "bfloat16), or use DeepSpeed, which keeps float32 copies"
-        )
-        return [("WARNING", text)]
-    return []
+    if trainer.is_deepspeed_enabled:
+        return []
+    return rounding_warning(trainer.model, "learning_rate", trainer.args.learning_rate)
+
+
+def rounding_warning(model: Any, name: str, rate: float) -> list[tuple[str, str]]:
+    """A row if steps of a learning rate, the field `name`, are too small for the trained weights of a model."""
+    if rate >= 1e-5 or all(p.dtype != torch.bfloat16 for p in model.parameters() if p.requires_grad):
+        return []
+    text = (
+        f"the trained weights are bfloat16 and keep 3 digits: most updates at {name} {rate:g} round to nothing. Set "
+        "dtype: float32 (bf16: true still computes in bfloat16), or use DeepSpeed, which keeps float32 copies"
+    )
+    return [("WARNING", text)]
 
 
 def _settings(instance: Any) -> str:

@@ -1,5 +1,6 @@
 """What a step measures of its trained tokens, as (total, count) pairs that are reduced over ranks once per step."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from rlvr.diagnostics import (
     entropy_by_position,
     explained_variance,
     quantile_shares,
+    quantiles,
     top_share_means,
 )
 from rlvr.objective import reference_kl
@@ -75,11 +77,11 @@ def value_means(values: Tensor, earned: Tensor, advantages: Tensor, reduce: Redu
     """
     told = {"critic/value": global_mean(values, reduce), "critic/earned": global_mean(earned, reduce)}
     told["critic/explained_variance"] = explained_variance(values, earned, reduce)
-    spread = reduce.gather(advantages.double()).sort().values
-    if spread.numel():
-        told["advantage/mean"], told["advantage/std"] = float(spread.mean()), float(spread.std(correction=0))
-        for percent in (5, 50, 95):
-            told[f"advantage/p{percent:02d}"] = float(spread[(spread.numel() - 1) * percent // 100])
+    mean = told["advantage/mean"] = global_mean(advantages.double(), reduce)
+    told["advantage/std"] = math.sqrt(global_mean((advantages.double() - mean).square(), reduce))
+    percents = (5, 50, 95)
+    found = quantiles(advantages, [percent / 100 for percent in percents], reduce)
+    told |= {f"advantage/p{percent:02d}": value for percent, value in zip(percents, found, strict=True)}
     return {name: value for name, value in told.items() if value == value}  # a constant reward explains nothing
 
 

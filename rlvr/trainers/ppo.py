@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer
 
 from rlvr.advantages import at_last_token, gae, length_adaptive_lam, whiten
@@ -17,9 +16,10 @@ from rlvr.errors import ConfigError
 from rlvr.objective import value_loss
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.critic import FOLDER, OwnCritic, SharedCritic
-from rlvr.trainers.critic_model import adapted, check_critic, copy_critic, load_critic
+from rlvr.trainers.critic_model import HUB, adapted, check_critic, copy_critic, load_critic, with_float32_head
 from rlvr.trainers.forward import VALUE, Statistics
-from rlvr.trainers.header import describe
+from rlvr.trainers.head import shards_parameters
+from rlvr.trainers.header import describe, rounding_warning
 from rlvr.trainers.instruments import global_mean, value_means
 from rlvr.trainers.policy import PolicyTrainer
 from rlvr.trainers.ppo_config import OWN_COPY, SHARED, PPOConfig
@@ -37,6 +37,9 @@ class PPOTrainer(PolicyTrainer):
 
     config_class = PPOConfig
     args: PPOConfig
+    # Of the model card.
+    _name, _tag_names = "PPO", ["rlvr", "ppo"]
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}  # noqa: RUF012
     critic: OwnCritic | SharedCritic
 
     def _construct(self, model: Any, reward_funcs: Any, args: Any, *others: Any, **trl_arguments: Any) -> None:
@@ -51,8 +54,12 @@ class PPOTrainer(PolicyTrainer):
             return
         if critic is None:
             critic = self._load_critic(model, trl_arguments.get("quantization_config"))
-        use_lora = args.critic_lora is not False and peft_config is not None
-        self.critic = OwnCritic(adapted(critic, peft_config) if use_lora else critic, self)
+        if not self.is_deepspeed_enabled:  # it has float32 copies, and wants one type of weights
+            critic = with_float32_head(critic)
+        if args.critic_lora is not False and peft_config is not None:
+            uniform = shards_parameters(self) and not getattr(critic, "is_quantized", False)
+            critic = adapted(critic, peft_config, autocast_adapter_dtype=not uniform)
+        self.critic = OwnCritic(critic, self)
 
     @staticmethod
     def _check_critic(model: Any, args: PPOConfig, options: Mapping[str, Any]) -> None:
@@ -63,7 +70,8 @@ class PPOTrainer(PolicyTrainer):
         tokenizer = options.get("processing_class")
         if tokenizer is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            tokenizer = AutoTokenizer.from_pretrained(name, **_of_hub(args))
+            given = args.model_init_kwargs or {}
+            tokenizer = AutoTokenizer.from_pretrained(name, **{key: given[key] for key in HUB if key in given})
         check_critic(args.critic, tokenizer)
 
     def _load_critic(self, model: str, quantization: Any) -> Any:
@@ -71,8 +79,12 @@ class PPOTrainer(PolicyTrainer):
         alike = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
         if self.args.critic != OWN_COPY:
             return load_critic(self.args.critic, **alike)
+        given = {**(self.args.model_init_kwargs or {})}
+        for name in (*alike, "quantization_config", "device_map"):
+            given.pop(name, None)
+        hub = {key: given.pop(key) for key in HUB if key in given}
         quantized = {} if quantization is None else {"quantization_config": quantization}
-        return load_critic(model, **alike, **quantized, **_of_hub(self.args))
+        return load_critic(model, given, **alike, **quantized, **hub)
 
     def _value_head(self, policy: Any) -> Callable[[Tensor], Tensor] | None:
         if self.args.critic != SHARED:
@@ -92,7 +104,7 @@ class PPOTrainer(PolicyTrainer):
         """
         args, mask = self.args, bridge.valued_mask(batch)
         values = self._rollout_values(batch)
-        rewards = at_last_token(batch[bridge.REWARD].nan_to_num(), mask)
+        rewards = at_last_token(torch.where(batch[bridge.REWARD].isnan(), 0.0, batch[bridge.REWARD]), mask)
         told: dict[str, float] = {}
         if args.kl_reward_coef:
             apart = self._measure_rollout(batch)["logps"] - batch["ref_per_token_logps"]
@@ -103,11 +115,12 @@ class PPOTrainer(PolicyTrainer):
         critic_lam = args.lam if args.critic_lam is None else args.critic_lam
         advantages, _ = gae(rewards, values, mask, gamma=args.gamma, lam=lam)
         _, returns = gae(rewards, values, mask, gamma=args.gamma, lam=critic_lam)
-        _, earned = gae(rewards, values, mask, gamma=args.gamma, lam=1.0)
+        earned = returns if critic_lam == 1 else gae(rewards, values, mask, gamma=args.gamma, lam=1.0)[1]
         told |= value_means(values[mask], earned[mask], advantages[mask], self.reduce)
         self.meter.start_rollout(self._rollout_step, told)
         batch["advantages"] = whiten(advantages, mask, reduce=self.reduce) if args.whiten_advantages else advantages
         bridge.attach_values(batch, values, returns, self.reduce)
+        bridge.tell_advantages(self._logs, self.reduce.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)))
 
     def _rollout_values(self, batch: dict[str, Any]) -> Tensor:
         if isinstance(self.critic, SharedCritic):
@@ -184,9 +197,9 @@ class PPOTrainer(PolicyTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The policy's schedule begins when its training does."""
         waits = self.args.critic_warmup_steps
+        if waits >= num_training_steps:
+            raise ConfigError(f"critic_warmup_steps={waits} leaves none of {num_training_steps} steps to the policy")
         scheduler = super().create_scheduler(num_training_steps - waits, optimizer)
-        if waits and not isinstance(scheduler, LambdaLR):
-            raise ConfigError(f"lr_scheduler_type={self.args.lr_scheduler_type} cannot wait for critic_warmup_steps")
         if waits:
             scheduler.lr_lambdas = [partial(_delayed, rate, waits) for rate in scheduler.lr_lambdas]
         return scheduler
@@ -203,7 +216,12 @@ class PPOTrainer(PolicyTrainer):
         if isinstance(self.critic, OwnCritic):
             what = describe(self.critic.module, args)
         alone = f", trained alone for {args.critic_warmup_steps} steps" if args.critic_warmup_steps else ""
-        return [("critic", f"{what}, learning rate {args.critic_learning_rate:g}{alone}")]
+        rows = [("critic", f"{what}, learning rate {args.critic_learning_rate:g}{alone}")]
+        if args.kl_reward_coef:
+            rows.append(("reward KL", f"coefficient {args.kl_reward_coef:g}"))
+        if isinstance(self.critic, OwnCritic) and not self.is_deepspeed_enabled:
+            rows += rounding_warning(self.critic.module, "critic_learning_rate", args.critic_learning_rate)
+        return rows
 
     def _load_weights(self, checkpoint: str) -> None:
         super()._load_weights(checkpoint)
@@ -214,9 +232,13 @@ class PPOTrainer(PolicyTrainer):
             raise ConfigError(f"resume_from_checkpoint={checkpoint!r} holds no critic: it is of a run without one")
         if not self.critic.saved(f"{checkpoint}/{FOLDER}"):
             raise ConfigError(
-                f"resume_from_checkpoint={checkpoint!r} holds another kind of critic than critic={self.args.critic}, "
+                f"resume_from_checkpoint={checkpoint!r} holds another critic than that of critic={self.args.critic}, "
                 f"critic_lora={self.args.critic_lora}: resume with the run's own settings"
             )
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.critic.load(f"{self.state.best_model_checkpoint}/{FOLDER}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as ever, and the critic in the folder `critic` beside it."""
@@ -230,12 +252,6 @@ class PPOTrainer(PolicyTrainer):
 
 def _delayed(rate: Callable[[int], float], waits: int, step: int) -> float:
     return rate(max(0, step - waits))
-
-
-def _of_hub(args: PPOConfig) -> dict[str, Any]:
-    """How the policy is found, where its critic or tokenizer is found the same way."""
-    given = args.model_init_kwargs or {}
-    return {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from transformers import SchedulerType
 
 from rlvr.errors import ConfigError
 from rlvr.trainers.batches import completions_per_rollout
@@ -35,7 +38,7 @@ class PPOConfig(PolicyConfig):
     )
     critic_lora: bool | None = field(
         default=None,
-        metadata={"help": "Train LoRA adapters of the critic, of the policy's settings. Default: if the policy does."},
+        metadata={"help": "Train LoRA adapters of the critic, of the policy's settings. Default: with use_peft."},
     )
     critic_learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate of the critic, under lr_scheduler_type."}
@@ -80,6 +83,11 @@ class PPOConfig(PolicyConfig):
             value = getattr(self, name)
             if value != trl_default(name):
                 raise ConfigError(f"{name}={value} is of groups, PPO's advantages are of a critic: unset it")
+        if self.lr_scheduler_type in _OF_METRICS:
+            raise ConfigError(
+                f"lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value} follows a metric, and a critic has "
+                "none: choose another"
+            )
         if self.fp16:
             raise ConfigError("fp16=True: the critic's gradients are not scaled; use bf16, or float32 weights")
         if self.use_trl_head and self.critic == SHARED:
@@ -99,7 +107,7 @@ class PPOConfig(PolicyConfig):
             if not (_is_number(value) and low <= value <= high) and not (value is None and name in may_be_none):
                 raise ConfigError(f"{name}={value!r}: must be a number {must_be}")
         alpha = self.length_adaptive_alpha
-        if alpha is not None and self.lam != _default("lam"):
+        if alpha is not None and self.lam != type(self).lam:
             raise ConfigError(f"lam={self.lam} has no effect with length_adaptive_alpha={alpha}: unset one of them")
 
     def _check_critic(self) -> None:
@@ -133,6 +141,10 @@ class PPOConfig(PolicyConfig):
         self.num_generations = group
         self._check_warmup()
 
+    def check_data(self, columns: Sequence[str], rows: int) -> None:
+        super().check_data(columns, rows)
+        self._check_warmup()  # stages have set max_steps
+
     def _check_warmup(self) -> None:
         steps, unit = self.critic_warmup_steps, max(1, round(self.updates_per_rollout))
         if type(steps) is not int or steps < 0 or steps % unit:
@@ -150,12 +162,9 @@ class PPOConfig(PolicyConfig):
         return f"GAE, gamma {self.gamma:g}, lambda {lam}{apart}"
 
 
+_OF_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _LEAST, _MOST = sys.float_info.min, sys.float_info.max
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _default(name: str) -> Any:
-    return next(f.default for f in fields(PPOConfig) if f.name == name)

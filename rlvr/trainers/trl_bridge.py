@@ -118,6 +118,14 @@ def measured(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Tensor] | None
     return found or None
 
 
+def tell_advantages(logs: Mapping[str, Any], of_rollout: Tensor) -> None:
+    """Put the advantages of a rollout's completions in place of those of groups in TRL's table of completions."""
+    told = logs["advantages"]
+    for _ in range(min(len(told), len(of_rollout))):
+        told.pop()
+    told.extend(of_rollout.tolist())
+
+
 def attach_values(batch: dict[str, Any], values: Tensor, returns: Tensor, reduce: Reduce) -> None:
     """Put a critic's values and what they should have been, each (B, T), into the rollout."""
     batch[_VALUES], batch[_RETURNS] = values, returns

@@ -11,6 +11,7 @@ from .runs import RUNS, UPDATES, LabRun, perform
 Settings = Mapping[str, Any]
 BAND = Band(0.35, 0.45)
 KL_COV = {"name": "kl_cov", "fraction": 0.2}
+CRITIC = {"critic_learning_rate": 3e-4}
 
 
 def bonus(coef: float) -> Settings:
@@ -39,13 +40,25 @@ METHODS: dict[str, Settings] = {
     "kl-cov": {"controls": [{**KL_COV, "coef": 1.0}]},
     "thermostat-bonus": hold("entropy_bonus.coef", {}, 0.0, 1.0),
     "thermostat-kl-cov": hold("kl_cov.coef", KL_COV, 0.0, 10.0),
+    "ppo": CRITIC,
+    "ppo-no-groups": {**CRITIC, "num_generations": 1},
+    "ppo-shared": {"critic": "shared", "critic_learning_rate": 1e-3},
+    "ppo-kl-cov": {**CRITIC, "controls": [{**KL_COV, "coef": 1.0}]},
+    "ppo-warmup": {**CRITIC, "critic_warmup_steps": 40},
 }
+
+
+def lab_run(method: str, seed: int) -> LabRun:
+    """Names of methods begin with their trainer's."""
+    algorithm = "ppo" if method.startswith("ppo") else "grpo"
+    return LabRun(name=method, algorithm=algorithm, seed=seed, settings=METHODS[method])
 
 
 EXPERIMENTS = {
     "collapse": ("grpo",),
     "covariance": ("grpo", "clip-cov", "kl-cov"),
-    "thermostat": tuple(method for method in METHODS if method != "clip-cov"),
+    "thermostat": ("grpo", *(name for name in METHODS if name.startswith(("bonus", "thermostat"))), "kl-cov"),
+    "critic": ("grpo", *(name for name in METHODS if name.startswith("ppo"))),
 }
 
 
@@ -55,7 +68,7 @@ def conduct(name: str, seeds: Sequence[int], base: Path) -> str:
     curves: dict[str, list[list[float]]] = {}
     for method in EXPERIMENTS[name]:
         for seed in seeds:
-            path = perform(LabRun(name=method, seed=seed, settings=METHODS[method]), base)
+            path = perform(lab_run(method, seed), base)
             results.setdefault(method, []).append(result(path, UPDATES, BAND))
             curves.setdefault(method, []).append(entropy_of_rollouts(path, UPDATES))
     written = {method: as_json(found) for method, found in results.items()}

@@ -33,7 +33,8 @@ class Result:
     entropy [4]: nats at 10, 25, 50 and 100 % of the run, mean over the steps of the last 5 rollouts.   inside: share
     of the rollouts in the second half whose entropy lies in the band.   reward: mean of the last 10 rollouts.
     pass_at: by k, held out, after training.   r2, r2_linear: of the law R = -a exp(H) + b and of a line in H, both
-    fitted to means over 5 rollouts.
+    fitted to means over 5 rollouts.   explained: share of the variance of what tokens earned that the critic's values
+    explain, mean over the rollouts of the second half; None without a critic.
     """
 
     entropy: tuple[float, ...]
@@ -42,6 +43,7 @@ class Result:
     pass_at: dict[str, float]
     r2: float
     r2_linear: float
+    explained: float | None
 
 
 def result(run_dir: Path, updates: int, band: Band) -> Result:
@@ -53,6 +55,7 @@ def result(run_dir: Path, updates: int, band: Band) -> Result:
     law = fit_law(_window_means(entropy), _window_means(rewards))
     late = entropy[len(entropy) // 2 :]
     held_out = read_evals(run_dir)[-1]["metrics"]
+    _, explained = series(records, "critic/explained_variance")
     return Result(
         entropy=tuple(fmean(entropy[max(0, end - WINDOW) : end]) for end in ends),
         inside=float(np.mean([band.low <= h <= band.high for h in late])),
@@ -60,6 +63,7 @@ def result(run_dir: Path, updates: int, band: Band) -> Result:
         pass_at={str(k): held_out[f"heldout/pass_at_{k}"] for k in (1, 8, 16)},
         r2=law.r2,
         r2_linear=law.r2_linear,
+        explained=fmean(explained[len(explained) // 2 :]) if explained else None,
     )
 
 
@@ -80,8 +84,8 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 def table(by_method: dict[str, list[Result]]) -> str:
     """Markdown, a line per method: means over seeds, with their standard deviation where it matters."""
     lines = [
-        "| method | seeds | H at 10 / 25 / 50 / 100 % | in band | reward | pass@1 | pass@8 | pass@16 | R² |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | seeds | H at 10 / 25 / 50 / 100 % | in band | reward | pass@1 | pass@8 | pass@16 | R² | critic |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, results in by_method.items():
         entropy = " ".join(f"{fmean(r.entropy[i] for r in results):.3f}" for i in range(len(SHARES)))
@@ -93,6 +97,7 @@ def table(by_method: dict[str, list[Result]]) -> str:
             f"{fmean(r.reward for r in results):.3f} ± {_spread([r.reward for r in results])}",
             *(f"{fmean(r.pass_at[k] for r in results):.3f}" for k in ("1", "8", "16")),
             f"{fmean(r.r2 for r in results):.3f}",
+            ", ".join(f"{r.explained:.2f}" for r in results if r.explained is not None),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One RL run on the base model, by the product's own trainer, and what is read out of its records."""
+"""One RL run on the base model, by the product's own trainers, and what is read out of its records."""
 
 import json
 import shutil
@@ -14,19 +14,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rlvr
 from rlvr.errors import ConfigError
 from rlvr.monitor.records import read_evals, read_run
+from rlvr.trainers.config import PolicyConfig
+from rlvr.trainers.policy import PolicyTrainer
 
 from .countdown import COMPLETION_LENGTH, draw, reward, split
 
 RUNS = Path("runs/lab")
 PROMPTS, GROUP, UPDATES = 32, 8, 4  # of a rollout
 HELD_OUT_PROMPTS, HELD_OUT_SAMPLES = 256, 16
+TRAINERS = {"grpo": rlvr.GRPOTrainer, "ppo": rlvr.PPOTrainer}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabRun:
-    """name: of the method.   settings: fields of rlvr.GRPOConfig that the method sets.   rollouts: 4 steps each."""
+    """name: of the method.   algorithm: of TRAINERS.   settings: fields of the trainer's configuration that the method
+    sets.   rollouts: 4 steps each.
+    """
 
     name: str
+    algorithm: str = "grpo"
     seed: int = 0
     settings: Mapping[str, Any]
     rollouts: int = 100
@@ -41,7 +47,12 @@ def perform(run: LabRun, base: Path) -> Path:
 
     Raises: ConfigError if the directory holds a finished run of other settings.
     """
-    wanted = {"lab_base": str(base), "lab_rollouts": run.rollouts, "lab_settings": json.dumps(run.settings)}
+    wanted = {
+        "lab_algorithm": run.algorithm,
+        "lab_base": str(base),
+        "lab_rollouts": run.rollouts,
+        "lab_settings": json.dumps(run.settings),
+    }
     before = read_run(run.path)
     if before.get("status") == "finished" and read_evals(run.path):
         if any(before["config"].get(name) != value for name, value in wanted.items()):
@@ -55,10 +66,10 @@ def perform(run: LabRun, base: Path) -> Path:
     return run.path
 
 
-def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> rlvr.GRPOTrainer:
+def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> PolicyTrainer:
     problems = draw(split(held_out=False), run.rollouts * PROMPTS, np.random.default_rng(1000 + run.seed))
     held_out = draw(split(held_out=True), HELD_OUT_PROMPTS, np.random.default_rng(12345))
-    return rlvr.GRPOTrainer(
+    return TRAINERS[run.algorithm](
         AutoModelForCausalLM.from_pretrained(base),
         reward,
         config(run),
@@ -69,7 +80,7 @@ def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> rlvr
     )
 
 
-def config(run: LabRun) -> rlvr.GRPOConfig:
+def config(run: LabRun) -> PolicyConfig:
     """The laboratory's setting, with what the run changes."""
     common: dict[str, Any] = {
         "num_generations": GROUP,
@@ -92,4 +103,4 @@ def config(run: LabRun) -> rlvr.GRPOConfig:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return rlvr.GRPOConfig(output_dir=str(run.path), **{**common, **run.settings})
+    return TRAINERS[run.algorithm].config_class(output_dir=str(run.path), **{**common, **run.settings})
