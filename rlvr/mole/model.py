@@ -1,0 +1,193 @@
+"""The mixture of LoRA experts as a method of PEFT, of type MOLE.
+
+PEFT finds the layers, saves and loads adapters beside their base model, turns them off for the reference policy, and is
+known to transformers and TRL. A custom module in LoRA's own type would not do: PEFT does not keep it in the
+configuration, so that a saved adapter would load as something else, and LoRA's merging would apply to it.
+Importing this file is enough for `PeftModel.from_pretrained` to read such adapters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType, register_peft_method
+from torch import Tensor, nn
+
+from rlvr.errors import ConfigError
+from rlvr.mole.experts import Experts
+from rlvr.mole.routers import Router, build_router, options
+
+
+
+def _peft_type(name: str) -> PeftType:
+    """A new member of PEFT's list of methods: it registers methods of others, but only of names that are in its list."""
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    return member
+
+
+MOLE = _peft_type("MOLE")
+
+
+@dataclass
+class MoleConfig(PeftConfig):
+    """A mixture of LoRA experts beside linear layers, each with a router of its own; defaults of DynMoLE's release.
+
+    r, lora_alpha, lora_dropout: of each expert; the rank of a layer is num_experts * r in all.
+    num_experts: a number, or one for each group of layers of equal size, first to last (MoLA: [2, 4, 6, 8]).
+    router: a name or {name: ..., option: ...} of `rlvr.mole.routers.ROUTERS`.
+    target_modules: names of layers, a pattern for the whole name, or "all-linear"; exclude_modules likewise.
+    Raises: ConfigError naming field, value and fix.
+    """
+
+    r: int = 24
+    lora_alpha: float = 48
+    lora_dropout: float = 0.05
+    num_experts: int | list[int] = 6
+    router: str | dict[str, Any] = "dynmole"
+    target_modules: list[str] | str | None = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MOLE
+        for name, value in (("r", self.r), *(("num_experts", number) for number in self.expert_counts)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r}: must be a whole number, at least 1")
+        if not self.lora_alpha > 0:
+            raise ConfigError(f"lora_alpha={self.lora_alpha}: must be > 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout}: must lie in [0, 1)")
+        router = build_router(self.router)
+        fewest = min(self.expert_counts)
+        if fewest < router.fewest:
+            raise ConfigError(f"num_experts={self.num_experts!r}: {self.router!r} takes {router.fewest} at least")
+        self.router = options(router)  # saved whole: defaults may change
+
+    @property
+    def expert_counts(self) -> Sequence[int]:
+        """Experts of each group of layers."""
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        if not counts:
+            raise ConfigError("num_experts=[]: give a number of experts, or one for each group of layers")
+        return counts
+
+    @property
+    def built_router(self) -> Router:
+        return build_router(self.router)
+
+
+class MoleLinear(nn.Module, BaseTunerLayer):
+    """A linear layer, frozen, and the experts beside it: base(x) + sum_e w_e(x) B_e A_e x."""
+
+    adapter_layer_names = ("mole_experts",)
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.mole_experts = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def add(self, name: str, num_experts: int, config: MoleConfig, inference_mode: bool) -> None:
+        """Put the experts of an adapter beside the layer."""
+        base = self.get_base_layer()
+        self.mole_experts[name] = Experts(
+            base.in_features,
+            base.out_features,
+            num_experts=num_experts,
+            r=config.r,
+            scaling=config.lora_alpha / config.r,
+            router=config.built_router,
+            dropout=config.lora_dropout,
+        )
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for experts in self.active_experts:
+            result = result + experts(x).to(result.dtype)
+        return result
+
+    @property
+    def active_experts(self) -> list[Experts]:
+        """Those that are added to the layer's output: none while adapters are turned off."""
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.mole_experts]
+        return [self.mole_experts[name] for name in names]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ConfigError("a mixture of LoRA experts does not merge: which experts act depends on the token")
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+class MoleModel(BaseTuner):
+    """Puts `MoleLinear` where a MoleConfig says; used through `peft.get_peft_model`."""
+
+    prefix = "mole_"
+    tuner_layer_cls = MoleLinear
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012
+
+    def _create_and_replace(
+        self,
+        config: MoleConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **options: Any,
+    ) -> None:
+        layer = target if isinstance(target, MoleLinear) else None
+        if layer is None:
+            if not isinstance(target, nn.Linear):
+                kind = type(target).__name__
+                raise ConfigError(f"target_modules names {current_key}, a {kind}: experts are for nn.Linear only")
+            layer = MoleLinear(target)
+        layer.add(adapter_name, self._count(config, current_key), config, inference_mode=config.inference_mode)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _count(self, config: MoleConfig, key: str) -> int:
+        """Experts of the layer of a module's name."""
+        counts = config.expert_counts
+        if len(counts) == 1:
+            return counts[0]
+        total = self.model.config.get_text_config().num_hidden_layers
+        numbers = [int(part) for part in key.split(".") if part.isdecimal()]
+        if not numbers or total % len(counts):
+            raise ConfigError(
+                f"num_experts={config.num_experts}: {key} must lie in one of {total} layers, and their number be a "
+                f"multiple of {len(counts)}; give one number for all"
+            )
+        return counts[numbers[0] * len(counts) // total]
+
+
+register_peft_method(name="mole", config_cls=MoleConfig, model_cls=MoleModel)
+
+
+def expert_layers(model: nn.Module) -> dict[str, Experts]:
+    """The active experts of a model by the name of their linear layer, in the base model's names; empty without any."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoleLinear):
+            for experts in module.active_experts:
+                found[name.removeprefix("base_model.model.")] = experts
+    return found
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in model.parameters() if p.requires_grad)
