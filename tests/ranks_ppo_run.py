@@ -13,6 +13,8 @@ import deepspeed
 import torch
 from ppo_cases import flat, ppo_trainer
 
+from rlvr.mole.model import MoleConfig
+
 
 def whole(module: torch.nn.Module) -> torch.Tensor:
     """The weights, gathered from all ranks where they are partitioned."""
@@ -23,13 +25,17 @@ def whole(module: torch.nn.Module) -> torch.Tensor:
 
 
 def run(model_dir: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Weights of policy and critic, and the records of the steps."""
-    one = ppo_trainer(model_dir, out, **settings)
+    """Weights of policy and critic, before and after, and the records of the steps."""
+    mole = settings.pop("mole", None)
+    adapter = None if mole is None else MoleConfig(**mole, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    one = ppo_trainer(model_dir, out, peft_config=adapter, **settings)
+    start = {"policy": whole(one.accelerator.unwrap_model(one.model)), "critic": whole(one.critic.module)}
     one.train()
     one.save_model(str(out / "final"))
     history = [entry for entry in one.state.log_history if "loss" in entry]
     policy = one.accelerator.unwrap_model(one.model)
-    return {"policy": whole(policy), "critic": whole(one.critic.module), "history": history}
+    return {"policy": whole(policy), "critic": whole(one.critic.module), "history": history, "start": start}
 
 
 def main(model_dir: str, out: str, runs: str) -> None:

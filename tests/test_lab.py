@@ -207,8 +207,7 @@ def test_collapse_is_real_and_covariance_controls_slow_it(
 ):
     monkeypatch.chdir(tmp_path)
     found = {
-        name: result(perform(lab_run(name, 0), trained_base), UPDATES, BAND)
-        for name in ("grpo", "clip-cov", "kl-cov")
+        name: result(perform(lab_run(name, 0), trained_base), UPDATES, BAND) for name in ("grpo", "clip-cov", "kl-cov")
     }
     plain = found["grpo"]
     assert plain.entropy[-1] < 0.20 and plain.reward > 0.65 and plain.r2 > 0.95

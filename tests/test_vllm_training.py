@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "ppo"])
+@pytest.mark.parametrize("method", ["full", "lora", "mole", "ppo"])
 def test_vllm_rollouts_stay_in_step_with_the_trainer_and_stale_weights_stop_it(
     method: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,19 +1,19 @@
 """The mixture of LoRA experts as a method of PEFT, of type MOLE.
 
-PEFT finds the layers, saves and loads adapters beside their base model, turns them off for the reference policy, and is
-known to transformers and TRL. A custom module in LoRA's own type would not do: PEFT does not keep it in the
+PEFT finds the layers, saves and loads adapters beside their base model, turns them off for the reference policy, and
+is known to transformers and TRL. A custom module in LoRA's own type would not do: PEFT does not keep it in the
 configuration, so that a saved adapter would load as something else, and LoRA's merging would apply to it.
 Importing this file is enough for `PeftModel.from_pretrained` to read such adapters.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, register_peft_method
+from peft.utils import NoMatchingPeftModuleError, PeftType, register_peft_method
 from torch import Tensor, nn
 
 from rlvr.errors import ConfigError
@@ -21,9 +21,8 @@ from rlvr.mole.experts import Experts
 from rlvr.mole.routers import Router, build_router, options
 
 
-
 def _peft_type(name: str) -> PeftType:
-    """A new member of PEFT's list of methods: it registers methods of others, but only of names that are in its list."""
+    """A new member of PEFT's list of methods: it registers methods of others, but only under names of its list."""
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
@@ -89,6 +88,11 @@ class MoleLinear(nn.Module, BaseTunerLayer):
     """A linear layer, frozen, and the experts beside it: base(x) + sum_e w_e(x) B_e A_e x."""
 
     adapter_layer_names = ("mole_experts",)
+    base_layer: nn.Linear
+    mole_experts: nn.ModuleDict
+    disable_adapters: bool
+    active_adapters: list[str]
+    merges = False  # an engine gets the base layer's weights, and the experts beside them
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -99,7 +103,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, num_experts: int, config: MoleConfig, inference_mode: bool) -> None:
         """Put the experts of an adapter beside the layer."""
-        base = self.get_base_layer()
+        base = self.base_layer
         self.mole_experts[name] = Experts(
             base.in_features,
             base.out_features,
@@ -109,8 +113,9 @@ class MoleLinear(nn.Module, BaseTunerLayer):
             router=config.built_router,
             dropout=config.lora_dropout,
         )
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        tuner: BaseTunerLayer = self
+        tuner._move_adapter_to_device_of_base_layer(name)
+        tuner.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -121,8 +126,8 @@ class MoleLinear(nn.Module, BaseTunerLayer):
     @property
     def active_experts(self) -> list[Experts]:
         """Those that are added to the layer's output: none while adapters are turned off."""
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.mole_experts]
-        return [self.mole_experts[name] for name in names]
+        names = [] if self.disable_adapters else self.active_adapters
+        return [cast(Experts, self.mole_experts[name]) for name in names if name in self.mole_experts]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError("a mixture of LoRA experts does not merge: which experts act depends on the token")
@@ -137,6 +142,41 @@ class MoleModel(BaseTuner):
     prefix = "mole_"
     tuner_layer_cls = MoleLinear
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            kind = type(model).__name__
+            raise ConfigError(
+                f"target_modules={config.target_modules!r}: no layer of {kind} has such a name"
+            ) from error
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's, which would leave out what does not fit, or tell of it in a hundred lines."""
+        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        ours = {name: p for name, p in model.named_parameters() if cls.prefix in name}
+        theirs = {name: x for name, x in renamed.items() if cls.prefix in name}
+        if lacking := sorted(name for name in theirs if name not in ours and f"base_model.model.{name}" not in ours):
+            raise ConfigError(
+                f"the model lacks {len(lacking)} of the checkpoint's weights, first {lacking[0]}: the adapter is of "
+                "another architecture"
+            )
+        for name, x in theirs.items():
+            p = ours.get(name, x)
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            if shape != tuple(x.shape):
+                raise ConfigError(
+                    f"{name} has shape {tuple(x.shape)} in the checkpoint, {shape} in the model: the adapter is of "
+                    "another architecture"
+                )
+        return renamed
 
     def _create_and_replace(
         self,
@@ -179,7 +219,7 @@ register_peft_method(name="mole", config_cls=MoleConfig, model_cls=MoleModel)
 
 
 def expert_layers(model: nn.Module) -> dict[str, Experts]:
-    """The active experts of a model by the name of their linear layer, in the base model's names; empty without any."""
+    """The active experts of a model by the name of their linear layer in the base model; empty without any."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, MoleLinear):

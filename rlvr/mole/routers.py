@@ -55,6 +55,11 @@ class Router:
         """Experts that this router needs."""
         return 1
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether there is an auxiliary loss."""
+        return bool(self.entropy_coef or self.balance_coef or self.z_coef)
+
     def __call__(self, probs: Tensor) -> Routing:
         raise NotImplementedError
 

@@ -40,6 +40,19 @@ _ROWS: dict[str, Metric] = {
     ),
     "policy/tokens": Metric("tokens", "tokens of the step, skipped sequences included: the token means are over them"),
     "policy/weight": Metric("1", "mean weight on the surrogate, from controls and the engine correction", "near 1"),
+    # router: of a mixture of LoRA experts, over the tokens of the step's texts, prompts included, and all routers
+    "router/aux_loss": Metric("1", "auxiliary loss of the routers, coefficients included"),
+    "router/balance": Metric(
+        "1", "load balance of the routers, before its coefficient", "1 per expert slot when even"
+    ),
+    "router/dead": Metric("fraction", "experts that get less than 1 % of an even share of their layer's tokens", "0"),
+    "router/entropy": Metric(
+        "1", "Tsallis entropy of the routers, normalized to [0, 1] unless the run says otherwise"
+    ),
+    "router/experts": Metric("experts", "experts that a token is sent to, mean"),
+    "router/load_max": Metric("1", "largest load of an expert, in even shares of its layer", "1 to 2"),
+    "router/soft": Metric("fraction", "tokens that are sent to all experts of a layer"),
+    "router/z": Metric("1", "z-loss of the routers, before its coefficient"),
     # entropy
     "entropy/mean": Metric("nats", "exact entropy of softmax(z / temperature), mean over the trained tokens"),
     **{

@@ -88,10 +88,12 @@ class Recorder:
         step: int,
         metrics: Mapping[str, SupportsFloat],
         entropy_by_position: Mapping[str, Sequence[float]] | None = None,
+        routers: Mapping[str, Any] | None = None,
     ) -> None:
         """Append the record of one optimizer step, counted from 1.
 
         metrics: globally reduced numbers.   entropy_by_position: "edges", "mean" and "count" of bins of positions.
+        routers: of a mixture of LoRA experts, by layer and by position, see `rlvr.monitor.records`.
 
         Raises: ConfigError for a metric that METRICS does not name, ValueError for a step that is already recorded.
         """
@@ -104,6 +106,8 @@ class Recorder:
         record = {"step": step, "time": time.time(), "tokens": self._tokens, "metrics": values}
         if entropy_by_position:
             record["entropy_by_position"] = _plain(entropy_by_position)
+        if routers:
+            record["routers"] = _plain(routers)
         self._append(STEPS, record)
 
     def record_eval(

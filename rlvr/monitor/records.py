@@ -7,7 +7,9 @@
     checkpoint-12/               Hugging Face checkpoints, written by the trainer
 
 `time` is in Unix seconds; `tokens` counts the tokens trained on since the start of the run; `entropy_by_position`,
-where recorded, holds mean entropy and token count of bins of positions that begin at `edges`. The files are strict
+where recorded, holds mean entropy and token count of bins of positions that begin at `edges`; `routers` likewise the
+routers' Tsallis entropy, share of soft-routed tokens and expert load of each of `layers`, and entropy and load by bins
+of positions in the text. The files are strict
 JSON: a metric that is not finite is written as the string "NaN", "Infinity" or "-Infinity", and read back as that
 float.
 """

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlvr.errors import ConfigError
+from rlvr.rollout.experts import attach_experts
 
 Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
 Rollouts = tuple[None, list[list[int]], list[list[list[float]]], None]
@@ -99,6 +100,7 @@ class CpuEngine:
 
     checkpoint: directory or hub name that gives architecture and tokenizer.
     parameters: yields (name as in the checkpoint, tensor) of the policy, LoRA merged; called by each sync.
+    experts: what acts beside the policy's linear layers, by their names in the checkpoint; called, never copied.
     Raises: ConfigError if vllm is missing or not a CPU build, or the options do not fit together.
     """
 
@@ -108,6 +110,7 @@ class CpuEngine:
         parameters: Parameters,
         sampling: Sampling,
         options: EngineOptions | None = None,
+        experts: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.sampling = sampling
         self.options = options or EngineOptions()
@@ -123,6 +126,8 @@ class CpuEngine:
         with _process_state_kept():
             self.llm = _build(str(checkpoint), self.options)
         self.llm.apply_model(_require_loadable)
+        if experts:
+            self.llm.apply_model(lambda model: attach_experts(model, experts))
 
     def sync_weights(self) -> None:
         """Copy every policy weight into the engine and forget cached keys and values.

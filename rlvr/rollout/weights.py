@@ -79,7 +79,7 @@ def _merged_layer(layer: Any, prefix: str) -> list[tuple[str, Tensor]]:
     base = layer.get_base_layer()
     own = dict(_whole(base.named_parameters()))
     list(_whole(layer.named_parameters()))
-    if layer.merged or layer.disable_adapters:
+    if layer.merged or layer.disable_adapters or not getattr(layer, "merges", True):
         return [(prefix + name, parameter) for name, parameter in own.items()]
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
     layer.merge()

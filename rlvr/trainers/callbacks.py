@@ -88,7 +88,10 @@ class RunCallback(TrainerCallback, ExportableState):
         for name, value in metrics.items():
             self._trainer._metrics["train"][name].append(value)
         if self._recorder is not None:
-            self._recorder.record_step(state.global_step, metrics, self._trainer.diagnostics.by_position)
+            trainer = self._trainer
+            self._recorder.record_step(
+                state.global_step, metrics, trainer.diagnostics.by_position, trainer.router_details
+            )
             if self._rows:
                 columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
                 self._recorder.record_tokens(state.global_step, columns)

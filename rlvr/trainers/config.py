@@ -16,6 +16,7 @@ from rlvr.objective import Aggregation
 from rlvr.rollout.cpu_engine import require_vllm
 from rlvr.surrogates import Surrogate
 from rlvr.thermostat import Thermostat
+from rlvr.trainers.adapters import AdapterFields
 from rlvr.trainers.batches import check_batches, check_resolved_batches
 from rlvr.trainers.control_choice import check_controls, check_updates, choose_thermostat
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
@@ -38,7 +39,7 @@ SAID_BY_A_CONTROL = {
 
 
 @dataclass
-class PolicyConfig(trl.GRPOConfig):
+class PolicyConfig(AdapterFields, trl.GRPOConfig):
     """TRL's GRPOConfig plus the entropy controls: what GRPOConfig and PPOConfig share. Every field is a key of a
     recipe's YAML and a command-line flag.
 
@@ -211,6 +212,10 @@ class PolicyConfig(trl.GRPOConfig):
             )
         if self.vllm_dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
+        if self.mole_config is not None and self.share_prompts:
+            raise ConfigError(
+                "share_prompts=True packs texts in rows whose padding routers cannot tell: set it to false"
+            )
         if self.use_vllm:
             require_vllm()
         self._warn_of_truncated_sampling()

@@ -123,6 +123,9 @@ class ControlledTrainer(MeasuringTrainer):
             assert aux_loss is not None
             term = self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             yield term, {"policy/router_aux_loss": Mean.of(aux_loss)}
+        if self.routers is not None:
+            term, metrics = self.routers.take()
+            yield term / self.current_gradient_accumulation_steps, metrics
         if self._z_loss is not None:
             z_loss = self._z_loss.take()
             term = self._z_loss.coef * z_loss / self.current_gradient_accumulation_steps

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from rlvr.errors import ConfigError
+from rlvr.mole.model import expert_layers
 from rlvr.rollout.cpu_engine import CpuEngine, EngineOptions, Sampling
 from rlvr.rollout.parity import default_tolerance
 from rlvr.rollout.weights import merged_parameters
@@ -43,6 +44,15 @@ def without_trl_engine(args: "PolicyConfig", own_engine: bool) -> Iterator[None]
         args.use_vllm = args.use_vllm or own_engine
 
 
+def require_engine_of_experts(args: "PolicyConfig", own_engine: bool) -> None:
+    """Refuse experts in an engine that would sample without them. Raises: ConfigError."""
+    if args.use_vllm and not own_engine:
+        raise ConfigError(
+            "use_vllm=True would sample without the experts: TRL's vLLM runs CUDA graphs or another process, where "
+            "they do not act, and routed experts do not merge into weights; set use_vllm: false"
+        )
+
+
 def attach_cpu_engine(trainer: "PolicyTrainer") -> None:
     """Build the engine and hand it to the trainer in place of TRL's.
 
@@ -66,7 +76,9 @@ def attach_cpu_engine(trainer: "PolicyTrainer") -> None:
         dtype=engine_dtype(trainer),
         max_model_len=args.vllm_max_model_length or min(longest, DEFAULT_MODEL_LENGTH),
     )
-    trainer.vllm_generation = CpuEngine(base.config._name_or_path, lambda: merged_parameters(model), sampling, options)
+    trainer.vllm_generation = CpuEngine(
+        base.config._name_or_path, lambda: merged_parameters(model), sampling, options, expert_layers(model)
+    )
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "colocate", -1
 
 

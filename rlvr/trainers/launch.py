@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -11,22 +11,33 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoConfig
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 from rlvr.errors import ConfigError, unknown
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.monitor.report import write_report
 from rlvr.monitor.summary import format_summary, summarize
 from rlvr.tasks import TaskConfig, load_task
+from rlvr.trainers.adapters import choose_adapter
 from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.policy import PolicyTrainer
 from rlvr.trainers.resume import resolve_checkpoint
+from rlvr.trainers.sft import SFTConfig, SFTTrainer, solved_rows
 
 
 def launch(config_class: type[PolicyConfig], trainer_class: type[PolicyTrainer]) -> None:
     """Run what the command line asks for; a ConfigError is one line and exit status 1."""
+    _run(lambda: train(trainer_class, *parse_arguments(config_class, sys.argv[1:])))
+
+
+def launch_sft() -> None:
+    """The same for supervised fine-tuning."""
+    _run(lambda: train_sft(*parse_arguments(SFTConfig, sys.argv[1:])))
+
+
+def _run(job: Callable[[], None]) -> None:
     try:
-        train(trainer_class, *parse_arguments(config_class, sys.argv[1:]))
+        job()
     except ConfigError as error:
         sys.exit(f"error: {error}")
     finally:
@@ -34,7 +45,7 @@ def launch(config_class: type[PolicyConfig], trainer_class: type[PolicyTrainer])
             torch.distributed.destroy_process_group()
 
 
-def parse_arguments(config_class: type[PolicyConfig], argv: Sequence[str]) -> tuple[TaskConfig, Any, ModelConfig]:
+def parse_arguments(config_class: type[Any], argv: Sequence[str]) -> tuple[TaskConfig, Any, ModelConfig]:
     """The task, an instance of `config_class` and the model, from a recipe's YAML and flags. Raises: ConfigError."""
     parser = TrlParser((TaskConfig, config_class, ModelConfig))
     arguments = flag_values(list(argv))
@@ -55,9 +66,8 @@ def train(
     checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
     if os.environ.get("RANK", "0") == "0":
         check_run_dir(output_dir, resume=checkpoint is not None)
-    if not model_config.model_name_or_path:
-        raise ConfigError("model_name_or_path is not set: give a Hugging Face model name or a checkpoint's directory")
     check_model(model_config)
+    adapter = choose_adapter(args, model_config)
     task = load_task(task_config)
     args.model_init_kwargs = model_arguments(args, model_config)
     args.eval_on_start = task.heldout is not None and checkpoint is None
@@ -68,7 +78,7 @@ def train(
         task.train,
         task.heldout,
         quantization_config=get_quantization_config(model_config),
-        peft_config=get_peft_config(model_config),
+        peft_config=adapter,
         run_config={**asdict(task_config), **asdict(model_config), "task_description": task.describe},
         schedule=task.schedule,
     )
@@ -82,7 +92,28 @@ def train(
             print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")
 
 
-def model_arguments(args: PolicyConfig, model_config: ModelConfig) -> dict[str, object]:
+def train_sft(task_config: TaskConfig, args: SFTConfig, model_config: ModelConfig) -> None:
+    """Check, load, train, save."""
+    check_model(model_config)
+    adapter = choose_adapter(args, model_config)
+    task = load_task(task_config)
+    train_rows, heldout_rows = solved_rows(task, task_config.answer_template)
+    args.model_init_kwargs = model_arguments(args, model_config)
+    trainer = SFTTrainer(
+        model_config.model_name_or_path,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=heldout_rows,
+        quantization_config=get_quantization_config(model_config),
+        peft_config=adapter,
+    )
+    trainer.train(resume_from_checkpoint=resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint))
+    trainer.save_model(f"{args.output_dir}/model")
+    if trainer.is_world_process_zero():
+        print(f"checkpoint  {args.output_dir}/model")
+
+
+def model_arguments(args: Any, model_config: ModelConfig) -> dict[str, object]:
     """How the model is loaded, as in TRL's own scripts."""
     arguments = {
         "revision": model_config.model_revision,
@@ -113,7 +144,9 @@ def check_names(parser: TrlParser, arguments: Sequence[str]) -> None:
 
 def check_model(model_config: ModelConfig) -> None:
     """Read the model's configuration, which is cheap, to refuse a wrong name or path before the data is loaded."""
-    name = str(model_config.model_name_or_path)
+    name = str(model_config.model_name_or_path or "")
+    if not name:
+        raise ConfigError("model_name_or_path is not set: give a Hugging Face model name or a checkpoint's directory")
     try:
         AutoConfig.from_pretrained(name, revision=model_config.model_revision)
     except (OSError, ValueError) as error:

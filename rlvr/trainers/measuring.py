@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlvr.controls.base import Scope
+from rlvr.mole.tracker import RouterTracker
 from rlvr.objective import idle_sequences
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.config import PolicyConfig
@@ -27,6 +28,7 @@ class MeasuringTrainer(HeldOutTrainer):
     _measured: Statistics | None  # of the rollout, by the policy that made it; each (B, T)
     _tool_mask: list[list[int]] | None  # of the rollout at hand, where there are tools: 0 for their output
     _z_loss: RouterZLoss | None
+    routers: RouterTracker | None  # of a mixture of LoRA experts
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -142,9 +144,9 @@ class MeasuringTrainer(HeldOutTrainer):
     @property
     def _may_skip(self) -> bool:
         """Whether sequences that are not pushed may be left out of the pass at hand; the same on all ranks."""
-        pushed = (
-            self.args.beta or self.aux_loss_enabled or self._z_loss is not None or self.steering.surrogate.penalizes
-        )
+        routed = self.routers is not None and self.routers.router.penalizes
+        routed = routed or self.aux_loss_enabled or self._z_loss is not None
+        pushed = self.args.beta or routed or self.steering.surrogate.penalizes
         decided_later = self.steering.scoped("micro_batch")  # from statistics of all tokens
         steered = self.steering.observes and self._later_update  # by the entropy of this very policy
         return self.args.skip_idle_sequences and not (pushed or decided_later or steered)

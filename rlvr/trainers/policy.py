@@ -13,6 +13,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerState
 
 from rlvr.errors import ConfigError
+from rlvr.mole.model import expert_layers
+from rlvr.mole.tracker import RouterTracker
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.rollout.cpu_engine import CpuEngine
 from rlvr.rollout.parity import check_parity
@@ -24,7 +26,13 @@ from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
-from rlvr.trainers.engine import attach_cpu_engine, engine_tolerance, needs_cpu_engine, without_trl_engine
+from rlvr.trainers.engine import (
+    attach_cpu_engine,
+    engine_tolerance,
+    needs_cpu_engine,
+    require_engine_of_experts,
+    without_trl_engine,
+)
 from rlvr.trainers.head import add_token_stats, check_token_stats, require_own_passes, shards_parameters
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
@@ -73,6 +81,7 @@ class PolicyTrainer(ControlledTrainer):
             require_full_attention(self.accelerator.unwrap_model(self.model))
             if self.aux_loss_enabled or args.router_z_loss_coef or self._is_vlm:
                 raise ConfigError("share_prompts=True takes no images and no router losses: set it to false")
+        self.routers = self._track_routers(own_engine)
         if args.n_gpu > 1:
             raise ConfigError(f"one process for {args.n_gpu} GPUs: start one for each, with accelerate launch")
         self._own_head = not (args.use_trl_head or self._is_vlm)
@@ -103,6 +112,7 @@ class PolicyTrainer(ControlledTrainer):
         if self.use_vllm:
             self.vllm_generation.sync_weights = self.clock.timed("sync_weights", self.vllm_generation.sync_weights)
         self.step_metrics: dict[str, float] = {}
+        self.router_details: dict[str, Any] = {}  # of the step's routers by layer and position
         self.progress = use_own_progress_bar(self)
         self.run_callback = RunCallback(self)
         self.add_callback(self.run_callback)
@@ -110,6 +120,19 @@ class PolicyTrainer(ControlledTrainer):
     def _construct(self, model: Any, reward_funcs: Any, args: Any, *others: Any, **trl_arguments: Any) -> None:
         """TRL's constructor, which loads the models."""
         super().__init__(model, reward_funcs, args, *others, **trl_arguments)
+
+    def _track_routers(self, own_engine: bool) -> RouterTracker | None:
+        """Where the policy is a mixture of LoRA experts."""
+        policy = self.accelerator.unwrap_model(self.model)
+        layers = expert_layers(policy)
+        if not layers:
+            return None
+        require_engine_of_experts(self.args, own_engine)
+        if self.args.share_prompts:
+            raise ConfigError(
+                "share_prompts=True packs texts in rows whose padding routers cannot tell: set it to false"
+            )
+        return RouterTracker(policy.get_base_model().base_model, layers)
 
     def _value_head(self, policy: Any) -> Callable[[Tensor], Tensor] | None:
         """What makes values of the policy's hidden states, for a critic that shares its backbone."""
@@ -209,6 +232,9 @@ class PolicyTrainer(ControlledTrainer):
         }
         if self._stages is not None:
             self.step_metrics["reward/stage"] = self._stages.at(self.state.global_step)
+        if self.routers is not None:
+            metrics, self.router_details = self.routers.close(self.reduce)
+            self.step_metrics |= metrics
         if "entropy/mean" in step.metrics:
             self.step_metrics |= self.steering.observe(step.metrics["entropy/mean"])
         self.progress.show(self.step_metrics)

@@ -1,0 +1,177 @@
+"""What the routers of a model do in its passes: their auxiliary loss, and where tokens go."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlvr.errors import ConfigError
+from rlvr.mole.experts import Experts
+from rlvr.mole.routers import Router, auxiliary_loss
+from rlvr.types import Mean, Metrics, Reduce
+
+EDGES = tuple(16 * (2**i - 1) for i in range(15))  # where bins of positions begin, doubling in width: 0, 16, 48, ...
+DEAD = 0.01  # of an even share of the tokens: an expert with less of them is dead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Sums over tokens, padding left out; float64, so that they add over micro-batches and ranks.
+
+    tokens: [].   entropy, soft, experts: [L], of each layer's router: T_q, tokens sent to all experts, experts.
+    load: [L, E], tokens sent to each expert, 0 beyond a layer's experts.
+    position_tokens, position_entropy: [P] by bin of positions in the text, prompt included, means over routers.
+    position_load: [P, E], sums over routers.
+    """
+
+    tokens: Tensor
+    entropy: Tensor
+    soft: Tensor
+    experts: Tensor
+    load: Tensor
+    position_tokens: Tensor
+    position_entropy: Tensor
+    position_load: Tensor
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def reduced(self, reduce: Reduce) -> "Traffic":
+        """Over all ranks, in one reduction."""
+        parts = [getattr(self, f.name) for f in fields(self)]
+        sums = reduce.sum(torch.cat([x.flatten() for x in parts])).split([x.numel() for x in parts])
+        named = zip(fields(self), sums, parts, strict=True)
+        return Traffic(**{f.name: x.view(part.shape).cpu() for f, x, part in named})
+
+
+class RouterTracker:
+    """Records the routers in each pass with gradient of a decoder, such as LlamaModel, bare or inside of wrappers.
+
+    layers: experts by the name of their linear layer, all of one kind of router.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: Mapping[str, Experts]) -> None:
+        self.layers = dict(layers)
+        self.router: Router = next(iter(layers.values())).route
+        self._mask: Tensor | None = None
+        self._traffic: Traffic | None = None
+        decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        decoder.register_forward_hook(self._end, with_kwargs=True)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            for experts in self.layers.values():
+                experts.recording, experts.recorded = True, None
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for experts in self.layers.values():  # a checkpointed layer runs again, in the backward pass
+            experts.recording = False
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ConfigError("experts need an attention mask [B, S] to leave padding out: set share_prompts: false")
+        self._mask = mask
+
+    def take(self) -> tuple[Tensor, Metrics]:
+        """The auxiliary loss of the last pass with gradient, coefficients included, and its terms."""
+        recorded = {name: experts.recorded for name, experts in self.layers.items()}
+        if any(x is None for x in recorded.values()):
+            raise RuntimeError("no pass with gradient has been recorded")
+        logits = [x for x in recorded.values() if x is not None]
+        for experts in self.layers.values():
+            experts.recorded = None
+        if not logits[0].requires_grad:
+            raise ConfigError(
+                "the routers' auxiliary loss has no gradient under reentrant checkpointing: set "
+                "gradient_checkpointing_kwargs: {use_reentrant: false}"
+            )
+        mask = torch.ones(logits[0].shape[:2], dtype=torch.bool) if self._mask is None else self._mask.bool()
+        mask = mask.to(logits[0].device)
+        with torch.no_grad():
+            seen = _traffic(self.router, logits, mask)
+        self._traffic = seen if self._traffic is None else self._traffic + seen
+        loss, terms = self._auxiliary(logits, mask.flatten())
+        return loss, {f"router/{name}": Mean.of(x) for name, x in {**terms, "aux_loss": loss}.items()}
+
+    def _auxiliary(self, logits: list[Tensor], mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of all routers as one; those with other numbers of experts (MoLA) apart, averaged by how many there are."""
+        loss, terms = logits[0].new_zeros(()), {"balance": logits[0].new_zeros(()), "z": logits[0].new_zeros(())}
+        for size in sorted({x.size(-1) for x in logits}):
+            alike = [x.flatten(0, 1) for x in logits if x.size(-1) == size]
+            share = len(alike) / len(logits)
+            part, told = auxiliary_loss(self.router, torch.cat(alike), mask.repeat(len(alike)))
+            loss = loss + share * part
+            terms = {name: x + share * told[name] for name, x in terms.items()}
+        return loss, terms
+
+    def close(self, reduce: Reduce) -> tuple[dict[str, float], dict[str, Any]]:
+        """Metrics of the passes since the last call, over all ranks, and what to record by layer and by position."""
+        if self._traffic is None:
+            return {}, {}
+        traffic, self._traffic = self._traffic.reduced(reduce), None
+        tokens = float(traffic.tokens)
+        counts = torch.tensor([float(experts.num_experts) for experts in self.layers.values()])
+        share = traffic.load / traffic.load.sum(1, keepdim=True).clamp(min=1) * counts.unsqueeze(1)  # 1 is even
+        real = torch.arange(share.size(1)).unsqueeze(0) < counts.unsqueeze(1)
+        routed = max(tokens, 1.0) * len(self.layers)
+        metrics = {
+            "router/entropy": float(traffic.entropy.sum()) / routed,
+            "router/soft": float(traffic.soft.sum()) / routed,
+            "router/experts": float(traffic.experts.sum()) / routed,
+            "router/load_max": float(share.max()),
+            "router/dead": float((share[real] < DEAD).double().mean()),
+        }
+        return metrics, _details(traffic, list(self.layers), real)
+
+
+def _traffic(router: Router, logits: list[Tensor], mask: Tensor) -> Traffic:
+    """logits: of each layer, [B, S, E].   mask: [B, S] bool."""
+    most, device = max(x.size(-1) for x in logits), mask.device
+    position = (mask.cumsum(1) - 1)[mask]
+    bins = torch.bucketize(position, torch.tensor(EDGES[1:], device=device), right=True)
+    zeros = torch.zeros(len(EDGES), dtype=torch.float64, device=device)
+    entropy, soft, experts, load = [], [], [], []
+    by_entropy, by_load = zeros.clone(), zeros.unsqueeze(1).repeat(1, most)
+    for each in logits:
+        probs = each[mask].softmax(-1)
+        selected = router(probs).selected.double()
+        h = router.entropy(probs).double()
+        wide = nn.functional.pad(selected, (0, most - selected.size(1)))
+        entropy.append(h.sum())
+        soft.append((selected.sum(1) == selected.size(1)).double().sum())
+        experts.append(selected.sum())
+        load.append(wide.sum(0))
+        by_entropy.index_add_(0, bins, h / len(logits))
+        by_load.index_add_(0, bins, wide)
+    return Traffic(
+        tokens=mask.sum().double(),
+        entropy=torch.stack(entropy),
+        soft=torch.stack(soft),
+        experts=torch.stack(experts),
+        load=torch.stack(load),
+        position_tokens=zeros.index_add(0, bins, torch.ones_like(bins, dtype=torch.float64)),
+        position_entropy=by_entropy,
+        position_load=by_load,
+    )
+
+
+def _details(traffic: Traffic, names: list[str], real: Tensor) -> dict[str, Any]:
+    """Means by layer and by bin of positions, as plain numbers; bins beyond the longest text are left out."""
+    tokens = traffic.tokens.clamp(min=1)
+    used = int(traffic.position_tokens.nonzero().max()) + 1 if traffic.position_tokens.any() else 0
+    count = traffic.position_tokens[:used].clamp(min=1)
+    sent = traffic.load / traffic.load.sum(1, keepdim=True).clamp(min=1)
+    sent_at = traffic.position_load[:used] / traffic.position_load[:used].sum(1, keepdim=True).clamp(min=1)
+    return {
+        "layers": names,
+        "entropy": (traffic.entropy / tokens).tolist(),
+        "soft": (traffic.soft / tokens).tolist(),
+        "load": [row[mine].tolist() for row, mine in zip(sent, real, strict=True)],
+        "position_edges": [float(edge) for edge in EDGES[:used]],
+        "position_tokens": traffic.position_tokens[:used].tolist(),
+        "position_entropy": (traffic.position_entropy[:used] / count).tolist(),
+        "position_load": sent_at.tolist(),
+    }
