@@ -1,6 +1,6 @@
 """Mixtures of LoRA experts against LoRA at equal trainable parameters: supervised, on several tasks at once.
 
-    python scripts/mole_compare.py [--seeds 0 1 2] [--steps 150] [--methods lora dynmole]
+    python scripts/mole_compare.py [--seeds 0 1 2] [--steps 100] [--methods lora dynmole]
 
 SmolLM2-135M-Instruct learns a mixture of reasoning-gym tasks from solved rows; what counts is the share of held-out
 problems that the greedy answer solves, by the tasks' own verifiers. A finished run is kept in runs/mole/ and not
@@ -75,7 +75,7 @@ def mixture() -> Task:
         for name, kwargs in TASKS.items()
     ]
     return load_task(
-        TaskConfig(stages=[{"steps": 1, "tasks": entries}], heldout_size=60, train_size=400, verifier_workers=1)
+        TaskConfig(stages=[{"steps": 1, "tasks": entries}], heldout_size=40, train_size=400, verifier_workers=1)
     )
 
 
@@ -86,10 +86,10 @@ def perform(method: str, seed: int, steps: int, task: Task) -> None:
         return
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), METHODS[method])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16), METHODS[method])
     args = SFTConfig(
         output_dir=str(out),
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         max_steps=steps,
         learning_rate=5e-4,
         lr_scheduler_type="constant",
@@ -126,13 +126,13 @@ def accuracy(model: Any, tokenizer: Any, task: Task) -> dict[str, float]:
     assert task.heldout is not None
     model.eval()
     solved: dict[str, list[float]] = {name: [] for name in TASKS}
-    for start in range(0, len(task.heldout), 60):
-        rows = task.heldout.select(range(start, min(start + 60, len(task.heldout))))
-        inputs = tokenizer(rows["prompt"], return_tensors="pt", padding=True).to(model.device)
+    for start in range(0, len(task.heldout), 40):
+        rows = task.heldout.select(range(start, min(start + 40, len(task.heldout))))
+        inputs = tokenizer(list(rows["prompt"]), return_tensors="pt", padding=True).to(model.device)
         ids: Tensor = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
-        columns = {name: rows[name] for name in rows.column_names if name != "prompt"}
-        scores = task.reward(prompts=rows["prompt"], completions=texts, **columns)
+        columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
+        scores = task.reward(prompts=list(rows["prompt"]), completions=texts, **columns)
         for domain, score in zip(rows["domain"], scores, strict=True):
             solved[domain].append(float(score or 0.0))
     return {name: fmean(found) for name, found in solved.items()}
@@ -170,7 +170,7 @@ def table(results: list[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of 16 rows each")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 8 rows each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
     os.chdir(ROOT)

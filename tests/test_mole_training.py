@@ -104,20 +104,24 @@ def test_what_routers_do_is_recorded_by_layer_and_position(tiny_model_dir: Path,
         assert 2 <= metrics["router/experts"] <= 5 and metrics["router/dead"] == 0 and metrics["router/load_max"] >= 1
 
 
-@pytest.mark.parametrize("way", ["cut", "checkpointed"])
+@pytest.mark.parametrize("way", ["cut", "checkpointed", "packed"])
 def test_training_is_the_same_however_it_is_computed(way: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Without the balance, whose means are a micro-batch's."""
     router = {"name": "dynmole", "balance_coef": 0.0, "entropy_coef": 0.0}
-    changed = {"cut": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}}
+    changed: dict[str, Any] = {
+        "cut": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        "checkpointed": {"gradient_checkpointing": True},
+        "packed": {"share_prompts": True},  # in which a prompt is one text for all its completions
+    }[way]
     ends, told = [], []
-    for name, settings in (("plain", {}), (way, changed.get(way, {"gradient_checkpointing": True}))):
+    for name, settings in (("plain", {}), (way, changed)):
         one = trainer(tiny_model_dir, tmp_path / name, mole={"router": router}, **settings)
         start = adapters(one)
         one.train()
         ends.append(adapters(one))
         told.append([{k: x for k, x in entry.items() if k.startswith("router/")} for entry in history(one)])
     assert (ends[0] - ends[1]).norm() < 1e-4 * (ends[0] - start).norm()
-    for a, b in zip(*told, strict=True):
+    for a, b in zip(*told, strict=True) if way != "packed" else ():
         assert a == pytest.approx(b, rel=1e-3) or way == "cut"
         for name in ("router/entropy", "router/soft", "router/experts", "router/load_max"):
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
@@ -190,7 +194,6 @@ def test_sequences_are_skipped_where_routers_have_no_loss(
         ({"mole": {"expert": 2}}, ("mole option", "num_experts")),
         ({"mole": ["a"]}, ("mole=", "mapping")),
         ({"mole": '{"router": {"name": "dynmole", "top_p": 2}}'}, ("top_p=2", "(0, 1]")),
-        ({"mole": "default", "share_prompts": True}, ("share_prompts=True", "set it to false")),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
@@ -209,3 +212,22 @@ def test_settings_of_experts_are_pefts_configuration(tmp_path: Path) -> None:
     mole = args.mole_config
     assert mole is not None and (mole.num_experts, mole.r, mole.target_modules) == (8, 16, ["up_proj"])
     assert GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False).mole_config is None
+
+
+def test_padding_of_packed_prompts_is_in_no_statistic(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """One prompt is as long as its row, the others are padded: tokens count as often as they are computed."""
+    one = trainer(tiny_model_dir, tmp_path, share_prompts=True, max_steps=2)
+    prepare, counted = one._prepare_inputs, []
+
+    def counting(inputs: Any) -> Any:
+        batch = prepare(inputs)
+        sides = (batch["prompt_ids"], batch["prompt_mask"])
+        rows = {tuple(ids[shown.bool()].tolist()) for ids, shown in zip(*sides, strict=True)}
+        counted.append(sum(len(row) - 1 for row in rows) + int(batch["completion_mask"].sum()))
+        return batch
+
+    one._prepare_inputs = counting
+    one.train()
+    assert len({len(row) for row in read_steps(tmp_path)[0]["routers"]["load"]}) == 1
+    told = [sum(record["routers"]["position_tokens"]) for record in read_steps(tmp_path)]
+    assert told == counted

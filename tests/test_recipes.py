@@ -22,7 +22,8 @@ from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.staged import total_steps
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+SUPERVISED = {"mole_sft"}  # test_sft.py
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.stem not in SUPERVISED}
 # Prompts and completions per prompt of a rollout, and optimizer steps on it, on eight processes.
 BATCHES = {
     "adaptive_entropy": (256, 16, 1),
@@ -53,7 +54,7 @@ BATCHES = {
     "thermostat": (256, 8, 8),
     "tis": (256, 8, 8),
 }
-STARTS = {"quickstart", "gsm8k_lora"}  # no paper's setting
+STARTS = {"quickstart", "gsm8k_lora", "mole_grpo"}  # no paper's setting
 ENGINE = ["tis", "dppo", "icepop", "off_policy_mask"]  # read the engine's log-probs
 
 

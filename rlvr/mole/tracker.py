@@ -50,15 +50,21 @@ class RouterTracker:
     """Records the routers in each pass with gradient of a decoder, such as LlamaModel, bare or inside of wrappers.
 
     layers: experts by the name of their linear layer, all of one kind of router.
+    Padding is known from `expect`, or else from the attention mask of the pass.
     """
 
     def __init__(self, decoder: nn.Module, layers: Mapping[str, Experts]) -> None:
         self.layers = dict(layers)
         self.router: Router = next(iter(layers.values())).route
         self._mask: Tensor | None = None
+        self._expected: Tensor | None = None
         self._traffic: Traffic | None = None
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, with_kwargs=True)
+
+    def expect(self, mask: Tensor) -> None:
+        """Say which places [B, S] of the next pass are no padding."""
+        self._expected = mask
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
@@ -66,13 +72,14 @@ class RouterTracker:
                 experts.recording, experts.recorded = True, None
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        expected, self._expected = self._expected, None
         if not torch.is_grad_enabled():
             return
         for experts in self.layers.values():  # a checkpointed layer runs again, in the backward pass
             experts.recording = False
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask") if expected is None else expected
         if mask is not None and mask.dim() != 2:
-            raise ConfigError("experts need an attention mask [B, S] to leave padding out: set share_prompts: false")
+            raise ConfigError("routers cannot tell padding from an attention mask of 4 dimensions: give one of [B, S]")
         self._mask = mask
 
     def take(self) -> tuple[Tensor, Metrics]:

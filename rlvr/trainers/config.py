@@ -212,10 +212,7 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
             )
         if self.vllm_dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
-        if self.mole_config is not None and self.share_prompts:
-            raise ConfigError(
-                "share_prompts=True packs texts in rows whose padding routers cannot tell: set it to false"
-            )
+        _ = self.mole_config  # which checks itself
         if self.use_vllm:
             require_vllm()
         self._warn_of_truncated_sampling()

@@ -1,6 +1,6 @@
 """Statistics of completions by one policy: what is passed through the model, and what of it through the head."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ def completion_statistics(
     batch_size: int | None = None,
     share_prompts: bool = False,
     router_loss: bool = False,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> tuple[Statistics, Tensor | None]:
     """Fields of `rlvr_kernels.TokenStats`, and VALUE, by name, each [B, T], 0 where `trained` is false; and the
     routers' loss.
@@ -32,13 +33,16 @@ def completion_statistics(
     Only trained tokens are projected, and what stands behind the last one of the rows at hand is not computed.
 
     model: with `add_token_stats`, wrapped or not.   input_ids, attention_mask: [B, prompt + T], prompts padded on the
-    left.   trained: [B, T] bool.   batch_size: rows at a time, all by default.
+    left.   trained: [B, T] bool.   batch_size: rows at a time, all by default.   watch: is told which places of a
+    forward are no padding before each.
     """
     parts: list[Statistics] = []
     router_losses: list[Tensor] = []
     routed = {"output_router_logits": True} if router_loss else {}
     wanted = tuple(name for name in want if name != VALUE)
     for passed in passes(input_ids, attention_mask, trained, batch_size, share_prompts):
+        if watch is not None:
+            watch(passed.valid)
         asked = Asked(passed.rows, passed.columns, passed.targets, wanted)
         measured: Measured = model(**passed.inputs, token_stats=asked, **routed)
         found = {name: getattr(measured.stats, name) for name in wanted}
@@ -53,11 +57,13 @@ def completion_statistics(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """Some rows for one forward. inputs: of the model.   rows, columns: [N] where its outputs predict the trained
-    tokens; columns are negative, from the end.   targets: [N] these tokens.   trained: [b, needed] bool.   width: T.
+    """Some rows for one forward. inputs: of the model.   valid: [b, L] bool, False for padding.   rows, columns: [N]
+    where its outputs predict the trained tokens; columns are negative, from the end.   targets: [N] these tokens.
+    trained: [b, needed] bool.   width: T.
     """
 
     inputs: dict[str, Tensor]
+    valid: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -81,14 +87,23 @@ def passes(
         ids, mask, kept = ids[:, :length], mask[:, :length], mine[:, :needed]
         rows, places = kept.nonzero(as_tuple=True)
         columns = places - needed - 1  # a token is predicted one place before it
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs, valid = {"input_ids": ids, "attention_mask": mask}, mask.bool()
         if share_prompts:
             packed = pack(ids, mask, needed)
             inputs = {name: getattr(packed, name) for name in ("input_ids", "position_ids", "attention_mask")}
+            valid = packed.valid
             place, width = packed.place[kept], packed.input_ids.size(1)
             rows, columns = place // width, place % width - width
         targets = ids[:, -needed:][kept]
-        yield Pass(inputs=inputs, rows=rows, columns=columns, targets=targets, trained=kept, width=mine.size(1))
+        yield Pass(
+            inputs=inputs,
+            valid=valid,
+            rows=rows,
+            columns=columns,
+            targets=targets,
+            trained=kept,
+            width=mine.size(1),
+        )
 
 
 def _last(trained: Tensor) -> int:

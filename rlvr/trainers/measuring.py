@@ -99,6 +99,7 @@ class MeasuringTrainer(HeldOutTrainer):
                 batch_size=batch_size,
                 share_prompts=self.args.share_prompts,
                 router_loss=self.aux_loss_enabled and torch.is_grad_enabled(),
+                watch=None if self.routers is None else self.routers.expect,
             )
 
     def _batch_pass(

@@ -128,10 +128,6 @@ class PolicyTrainer(ControlledTrainer):
         if not layers:
             return None
         require_engine_of_experts(self.args, own_engine)
-        if self.args.share_prompts:
-            raise ConfigError(
-                "share_prompts=True packs texts in rows whose padding routers cannot tell: set it to false"
-            )
         return RouterTracker(policy.get_base_model().base_model, layers)
 
     def _value_head(self, policy: Any) -> Callable[[Tensor], Tensor] | None:

@@ -22,12 +22,14 @@ class Packed:
 
     input_ids, position_ids [P, L].
     attention_mask [P, 1, L, L] bool: True where the query (third) may look at the key (last).
+    valid [P, L] bool: False for padding.
     place [B, T] int64: where token t of completion b is predicted, in the flattened [P * L]; 0 where there is none.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
+    valid: Tensor
     place: Tensor
 
 
@@ -63,6 +65,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, num_completion: int) -> Pack
         input_ids=table[..., 0].to(device),
         position_ids=table[..., 1].to(device),
         attention_mask=(visible & causal)[:, None].to(device),
+        valid=(segments >= 0).to(device),
         place=place.to(device),
     )
 
