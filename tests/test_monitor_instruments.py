@@ -35,10 +35,10 @@ def instrumented_run(run_dir: Path, num_steps: int = 80, seed: int = 0) -> Path:
         values |= {
             f"covariance/top_2_in_{10**i}": 0.3 * 4 ** (i - 1) * math.exp(0.1 * rng.normal()) for i in range(1, 5)
         }
-        values |= knowledge(0.5 * step / num_steps)
+        values |= knowledge(0.5 * step / num_steps) | traffic(1 - 0.5 * step / num_steps)
         length = 3 + 2 * (step > num_steps / 2)
         bins = {"edges": [0.0, 16.0, 48.0, 112.0, 240.0][:length], "mean": list(entropy * np.linspace(2, 0.5, length))}
-        recorder.record_step(step, values, bins | {"count": [100.0] * (length - 1) + [0.0]})
+        recorder.record_step(step, values, bins | {"count": [100.0] * (length - 1) + [0.0]}, routers(rng))
     recorder.record_eval(num_steps, {"heldout/reward": 0.5} | pass_rates(0.5))
     recorder.finish()
     return run_dir
@@ -60,6 +60,17 @@ def knowledge(explained: float, value: float = 0.5, earned: float = 0.52) -> dic
     values = {"critic/explained_variance": explained, "critic/value": value, "critic/earned": earned}
     spread = {"advantage/p05": -0.4, "advantage/p50": 0.01, "advantage/p95": 0.6}
     return values | spread | {"critic/loss": 0.1, "time/critic": 0.1}
+
+
+def traffic(entropy: float) -> dict[str, float]:
+    values = {"entropy": entropy, "soft": entropy / 2, "experts": 2.5, "load_max": 1.4, "dead": 0.25}
+    return {f"router/{name}": value for name, value in values.items()}
+
+
+def routers(rng: np.random.Generator) -> dict[str, Any]:
+    """Of three layers, one of which has fewer experts."""
+    load = [rng.dirichlet(np.ones(n)).tolist() for n in (4, 6, 6)]
+    return {"layers": ["a", "b", "c"], "entropy": [0.9, 0.5, 0.7], "soft": [0.8, 0.1, 0.3], "load": load}
 
 
 def write(run_dir: Path, steps: list[dict[str, float]], config: dict[str, Any] | None = None) -> Path:
@@ -85,6 +96,16 @@ def test_critic_is_judged_by_rollouts_not_by_steps(tmp_path):
     text = summary_of(write(tmp_path, steps))
     assert "explains 5 % of the variance of what is earned at first, 85 % at last" in text
     assert "values 0.100 too high" in text.replace("\n" + 18 * " ", " ")
+
+
+# routers
+
+
+def test_routers_are_told_from_first_to_last(tmp_path):
+    steps = [traffic(1 - 0.1 * i) for i in range(5)]
+    text = summary_of(write(tmp_path, steps)).replace("\n" + 18 * " ", " ")
+    assert "routers           Tsallis entropy 1.00 at first, 0.60 at last (mean of 1 step); 50 %, 30 %" in text
+    assert "2.5 experts a token; 25 % of the experts are dead" in text
 
 
 # law
@@ -250,7 +271,7 @@ def instrumented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_summary_of_all_instruments_fits_a_terminal(instrumented):
     lines = summary_of(instrumented).splitlines()
     assert max(map(len, lines[2:])) <= 100 and len(lines) <= 52
-    for label in ("critic ", "law ", "thermostat ", "entropy dynamics ", "  pass@1, @8 "):
+    for label in ("critic ", "routers ", "law ", "thermostat ", "entropy dynamics ", "  pass@1, @8 "):
         assert sum(line.startswith(label) for line in lines) == 1
 
 
@@ -285,5 +306,9 @@ def test_pictures_of_one_step_are_drawn(tmp_path):
 
 def test_instruments_of_an_empty_run_are_none():
     found = read_instruments({}, [])
-    assert found.critic is None and (found.law, found.thermostat, found.dynamics) == (None, None, None)
+    assert (
+        found.critic is None
+        and found.routers is None
+        and (found.law, found.thermostat, found.dynamics) == (None, None, None)
+    )
     assert law_found([]) is None and rollout_points([]) == []

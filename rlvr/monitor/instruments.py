@@ -67,10 +67,24 @@ class Knowledge:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of a mixture of experts, means over the first and last `window` steps: the routers' entropy, tokens sent to all
+    experts; at the end experts per token, and the share of experts that are dead.
+    """
+
+    entropy: tuple[float, float]
+    soft: tuple[float, float]
+    window: int
+    experts: float
+    dead: float
+
+
+@dataclass(frozen=True, slots=True)
 class Instruments:
     """None: not recorded."""
 
     critic: Knowledge | None
+    routers: Traffic | None
     law: LawFit | None
     thermostat: Holding | None
     dynamics: Dynamics | None
@@ -78,7 +92,7 @@ class Instruments:
 
 def read_instruments(run: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> Instruments:
     """run: of run.json.   steps: of steps.jsonl."""
-    return Instruments(_knowledge(steps), law_found(steps), _holding(run, steps), _dynamics(steps))
+    return Instruments(_knowledge(steps), _traffic(steps), law_found(steps), _holding(run, steps), _dynamics(steps))
 
 
 def _knowledge(steps: Sequence[dict[str, Any]]) -> Knowledge | None:
@@ -90,6 +104,17 @@ def _knowledge(steps: Sequence[dict[str, Any]]) -> Knowledge | None:
     window = min(10, max(1, len(known) // 5))
     bias = fmean(values[-window:]) - fmean(earned[-window:])
     return Knowledge(fmean(known[:window]), fmean(known[-window:]), window, bias)
+
+
+def _traffic(steps: Sequence[dict[str, Any]]) -> Traffic | None:
+    entropy, soft, experts, dead = (
+        series(steps, f"router/{name}")[1] for name in ("entropy", "soft", "experts", "dead")
+    )
+    if not (entropy and soft and experts and dead):
+        return None
+    window = min(10, max(1, len(entropy) // 5))
+    (h, h_last), (all_of, all_last) = ((fmean(x[:window]), fmean(x[-window:])) for x in (entropy, soft))
+    return Traffic((h, h_last), (all_of, all_last), window, fmean(experts[-window:]), fmean(dead[-window:]))
 
 
 def law_found(steps: Sequence[dict[str, Any]]) -> LawFit | None:
@@ -160,6 +185,8 @@ def instrument_rows(found: Instruments) -> list[str]:
     rows: list[str] = []
     if found.critic is not None:
         rows += _block("critic", [_critic_line(found.critic)])
+    if found.routers is not None:
+        rows += _block("routers", [_traffic_line(found.routers)])
     if found.law is not None:
         rows += _block("law", [law_formula(found.law), law_verdict(found.law)])
     if found.thermostat is not None:
@@ -174,6 +201,16 @@ def _critic_line(found: Knowledge) -> str:
     return (
         f"explains {100 * found.first:.0f} % of the variance of what is earned at first, {100 * found.last:.0f} % at "
         f"last ({rollouts}); values {abs(found.bias):.3f} too {'high' if found.bias > 0 else 'low'}"
+    )
+
+
+def _traffic_line(found: Traffic) -> str:
+    (h, h_last), (soft, soft_last) = found.entropy, found.soft
+    dead = f"; {100 * found.dead:.0f} % of the experts are dead" if found.dead else ""
+    return (
+        f"Tsallis entropy {h:.2f} at first, {h_last:.2f} at last (mean of {_count(found.window, 'step')}); "
+        f"{100 * soft:.0f} %, {100 * soft_last:.0f} % of the tokens are sent to all experts; "
+        f"{found.experts:.1f} experts a token{dead}"
     )
 
 

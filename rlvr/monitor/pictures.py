@@ -10,6 +10,7 @@ from rlvr.monitor.instrument_pictures import INSTRUMENTS
 from rlvr.monitor.instruments import CRITIC
 from rlvr.monitor.metrics import TOUCHED
 from rlvr.monitor.records import series
+from rlvr.monitor.router_pictures import ROUTERS
 from rlvr.monitor.summary import MISMATCH, PHASES
 
 
@@ -140,6 +141,7 @@ PICTURES = (
             "constant; raise critic_learning_rate or critic_warmup_steps. Below 0: the critic misleads; lower it."
         ),
     ),
+    *ROUTERS,
     *INSTRUMENTS,
     Picture(
         "touched",

@@ -8,6 +8,7 @@ import torch
 from rlvr_kernels import choose_backend
 
 if TYPE_CHECKING:
+    from rlvr.mole.tracker import RouterTracker
     from rlvr.trainers.config import PolicyConfig
     from rlvr.trainers.policy import PolicyTrainer
 
@@ -73,6 +74,13 @@ def _head(trainer: "PolicyTrainer") -> str:
     return f"rlvr_kernels, {backend} ({why}){idle}"
 
 
+def _experts(routers: "RouterTracker") -> str:
+    layers = list(routers.layers.values())
+    counts = sorted({experts.num_experts for experts in layers})
+    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{number} of rank {layers[0].r} beside each of {len(layers)} layers, {_settings(routers.router)}"
+
+
 def _objective(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
     args = trainer.args
     rows = [
@@ -80,6 +88,8 @@ def _objective(trainer: "PolicyTrainer") -> list[tuple[str, str]]:
         ("aggregation", f"{args.aggregation} (loss_type {args.loss_type}); advantages {args.advantages_line}"),
     ]
     rows.append(("head", _head(trainer)))
+    if trainer.routers is not None:
+        rows.append(("experts", _experts(trainer.routers)))
     for control in args.control_list:
         rows.append(("control", f"{control.name}: {_settings(control)}"))
     if not args.control_list:
