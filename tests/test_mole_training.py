@@ -231,3 +231,24 @@ def test_padding_of_packed_prompts_is_in_no_statistic(tiny_model_dir: Path, tmp_
     assert len({len(row) for row in read_steps(tmp_path)[0]["routers"]["load"]}) == 1
     told = [sum(record["routers"]["position_tokens"]) for record in read_steps(tmp_path)]
     assert told == counted
+
+
+def test_routing_drifts_from_the_rollouts_with_each_update(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Nothing before the first update; then by what the routers have learned since, however the step is cut."""
+    told = []
+    for size in (16, 4):
+        router = {"name": "top_k", "k": 1, "balance_coef": 5.0}
+        one = trainer(
+            tiny_model_dir,
+            tmp_path / str(size),
+            mole={"router": router, "lora_dropout": 0.0},
+            num_iterations=4,
+            max_steps=4,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=16 // size,
+        )
+        one.train()
+        told.append([entry["router/drift"] for entry in history(one)])
+    assert told[0][0] == told[1][0] == 0
+    for drift in told:
+        assert 0 < drift[1] < drift[3] < 1

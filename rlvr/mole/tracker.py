@@ -1,6 +1,7 @@
 """What the routers of a model do in its passes: their auxiliary loss, and where tokens go."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -58,6 +59,7 @@ class RouterTracker:
         self.router: Router = next(iter(layers.values())).route
         self._mask: Tensor | None = None
         self._expected: Tensor | None = None
+        self._loads: list[Tensor] | None = None  # of each text of the passes, while they are collected
         self._traffic: Traffic | None = None
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, with_kwargs=True)
@@ -66,14 +68,23 @@ class RouterTracker:
         """Say which places [B, S] of the next pass are no padding."""
         self._expected = mask
 
+    @contextmanager
+    def collected(self) -> Iterator[list[Tensor]]:
+        """Within it, passes without gradient add what share of each text every expert gets, see `_shares`."""
+        self._loads = []
+        try:
+            yield self._loads
+        finally:
+            self._loads = None
+
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._loads is not None:
             for experts in self.layers.values():
                 experts.recording, experts.recorded = True, None
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         expected, self._expected = self._expected, None
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and self._loads is None:
             return
         for experts in self.layers.values():  # a checkpointed layer runs again, in the backward pass
             experts.recording = False
@@ -81,27 +92,40 @@ class RouterTracker:
         if mask is not None and mask.dim() != 2:
             raise ConfigError("routers cannot tell padding from an attention mask of 4 dimensions: give one of [B, S]")
         self._mask = mask
+        if self._loads is not None and all(experts.recorded is not None for experts in self.layers.values()):
+            self._loads.append(_shares(self.router, *self._recorded()))  # unless experts are turned off
 
-    def take(self) -> tuple[Tensor, Metrics]:
-        """The auxiliary loss of the last pass with gradient, coefficients included, and its terms."""
-        recorded = {name: experts.recorded for name, experts in self.layers.items()}
-        if any(x is None for x in recorded.values()):
+    def _recorded(self) -> tuple[list[Tensor], Tensor]:
+        """Logits of each layer, [B, S, E], and mask [B, S], of the last recorded pass, which is forgotten."""
+        found = [experts.recorded for experts in self.layers.values()]
+        logits = [x for x in found if x is not None]
+        if len(logits) < len(found):
             raise RuntimeError("no pass with gradient has been recorded")
-        logits = [x for x in recorded.values() if x is not None]
         for experts in self.layers.values():
             experts.recorded = None
+        shape, device = logits[0].shape[:2], logits[0].device
+        mask = torch.ones(shape, dtype=torch.bool) if self._mask is None else self._mask.bool()
+        return logits, mask.to(device)
+
+    def take(self, before: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        """The auxiliary loss of the last pass with gradient, coefficients included, its terms, and the drift of
+        routing.   before: what `collected` gave for the texts of the pass.
+        """
+        logits, mask = self._recorded()
         if not logits[0].requires_grad:
             raise ConfigError(
                 "the routers' auxiliary loss has no gradient under reentrant checkpointing: set "
                 "gradient_checkpointing_kwargs: {use_reentrant: false}"
             )
-        mask = torch.ones(logits[0].shape[:2], dtype=torch.bool) if self._mask is None else self._mask.bool()
-        mask = mask.to(logits[0].device)
         with torch.no_grad():
             seen = _traffic(self.router, logits, mask)
+            now = None if before is None else _shares(self.router, logits, mask)
         self._traffic = seen if self._traffic is None else self._traffic + seen
         loss, terms = self._auxiliary(logits, mask.flatten())
-        return loss, {f"router/{name}": Mean.of(x) for name, x in {**terms, "aux_loss": loss}.items()}
+        told = {**terms, "aux_loss": loss}
+        if now is not None and before is not None:
+            told["drift"] = (now - before).abs().sum(1) / 2 / len(logits)
+        return loss, {f"router/{name}": Mean.of(x) for name, x in told.items()}
 
     def _auxiliary(self, logits: list[Tensor], mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Of all routers as one; those with other numbers of experts (MoLA) apart, averaged by how many there are."""
@@ -163,6 +187,15 @@ def _traffic(router: Router, logits: list[Tensor], mask: Tensor) -> Traffic:
         position_entropy=by_entropy,
         position_load=by_load,
     )
+
+
+def _shares(router: Router, logits: list[Tensor], mask: Tensor) -> Tensor:
+    """What share of each text's tokens every expert gets, [B, experts of all layers]; a router's add up to 1."""
+    parts = []
+    for each in logits:
+        sent = (router(each.softmax(-1)).selected & mask.unsqueeze(-1)).sum(1).float()
+        parts.append(sent / sent.sum(1, keepdim=True).clamp(min=1))
+    return torch.cat(parts, dim=1)
 
 
 def _details(traffic: Traffic, names: list[str], real: Tensor) -> dict[str, Any]:

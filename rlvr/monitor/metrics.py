@@ -46,6 +46,11 @@ _ROWS: dict[str, Metric] = {
         "1", "load balance of the routers, before its coefficient", "1 per expert slot when even"
     ),
     "router/dead": Metric("fraction", "experts that get less than 1 % of an even share of their layer's tokens", "0"),
+    "router/drift": Metric(
+        "fraction",
+        "share of a text's tokens that are sent to other experts than by the policy that made it, mean over routers",
+        "0 on a rollout's first update",
+    ),
     "router/entropy": Metric(
         "1", "Tsallis entropy of the routers, normalized to [0, 1] unless the run says otherwise"
     ),

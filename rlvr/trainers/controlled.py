@@ -106,7 +106,7 @@ class ControlledTrainer(MeasuringTrainer):
             self.probe.watch(self.state.global_step, inputs, tokens, objective, by_control)
         self.diagnostics.add(tokens if coefficients.keep is None else tokens.select(coefficients.keep))
         metrics = {"policy/skipped": Mean.of(skipped), **metrics_of(micro)}
-        for term, told in self._other_terms(inputs, statistics, aux_loss):
+        for term, told in self._other_terms(inputs, statistics, skipped, aux_loss):
             loss, metrics = loss + term, {**metrics, **told}
         stale = skipped[tokens.sequence] if self._later_update else None
         self.meter.add({**step_means(tokens, ratio, clipped, coefficients, stale), **metrics}, loss)
@@ -116,15 +116,20 @@ class ControlledTrainer(MeasuringTrainer):
         return loss
 
     def _other_terms(
-        self, inputs: dict[str, Any], statistics: Statistics, aux_loss: Tensor | None
+        self, inputs: dict[str, Any], statistics: Statistics, skipped: Tensor, aux_loss: Tensor | None
     ) -> Iterator[tuple[Tensor, Metrics]]:
-        """What is added to the policy's loss, as it enters a micro-batch's, with what there is to tell of it."""
+        """What is added to the policy's loss, as it enters a micro-batch's, with what there is to tell of it.
+
+        skipped: which sequences (B,) were not passed.
+        """
         if self.aux_loss_enabled:
             assert aux_loss is not None
             term = self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             yield term, {"policy/router_aux_loss": Mean.of(aux_loss)}
         if self.routers is not None:
-            term, metrics = self.routers.take()
+            passed = ~skipped if not skipped.all() else None  # of which rows the pass was
+            before = None if passed is None else inputs.get(bridge.ROUTES)
+            term, metrics = self.routers.take(None if before is None else before[passed])
             yield term / self.current_gradient_accumulation_steps, metrics
         if self._z_loss is not None:
             z_loss = self._z_loss.take()

@@ -1,6 +1,7 @@
 """Which sequences are passed through the model, when, and what is computed of their tokens."""
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class MeasuringTrainer(HeldOutTrainer):
     _rollout_step: int  # optimizer steps before this rollout
     _own_head: bool  # else TRL's computes log-probs and entropy
     _measured: Statistics | None  # of the rollout, by the policy that made it; each (B, T)
+    _routes: Tensor | None  # which experts the rollout's sequences were sent to then, (B, K)
     _tool_mask: list[list[int]] | None  # of the rollout at hand, where there are tools: 0 for their output
     _z_loss: RouterZLoss | None
     routers: RouterTracker | None  # of a mixture of LoRA experts
@@ -43,21 +45,36 @@ class MeasuringTrainer(HeldOutTrainer):
 
         The first one of a rollout is by the policy that made it; what its head knows is kept.
         """
+        first = self._measured is None and not torch.is_grad_enabled()
+        routes: Any = nullcontext([]) if self.routers is None or not first else self.routers.collected()
+        with routes as loads:
+            found, aux_loss = self._asked_pass(model, input_ids, attention_mask, logits_to_keep, batch_size, **options)
+        if first:
+            self._measured = found
+            self._routes = torch.cat(loads) if loads and not self.args.share_prompts else None
+        return found["logps"], found.get("entropy"), aux_loss
+
+    def _asked_pass(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        **options: Any,
+    ) -> tuple[Statistics, Tensor | None]:
+        """By our head or by TRL's."""
         if self._own_head:
             trained = attention_mask[:, -logits_to_keep:].bool()
             if self._tool_mask is not None:
                 trained = trained & bridge.padded_mask(self._tool_mask, trained)
             want = ("logps",) if model is self.ref_model or self._measured is not None else self._wanted("rollout")
-            found, aux_loss = self._pass(model, input_ids, attention_mask, trained, want, batch_size)
-        else:
-            options["compute_entropy"] = model is not self.ref_model
-            logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **options
-            )
-            found = {"logps": logps} if entropy is None else {"logps": logps, "entropy": entropy}
-        if self._measured is None and not torch.is_grad_enabled():
-            self._measured = found
-        return found["logps"], found.get("entropy"), aux_loss
+            return self._pass(model, input_ids, attention_mask, trained, want, batch_size)
+        options["compute_entropy"] = model is not self.ref_model
+        logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, batch_size, **options
+        )
+        return {"logps": logps} if entropy is None else {"logps": logps, "entropy": entropy}, aux_loss
 
     @torch.no_grad()
     def _measure_rollout(self, batch: Mapping[str, Any]) -> Statistics:
@@ -73,6 +90,8 @@ class MeasuringTrainer(HeldOutTrainer):
         """Let what is known of the rollout's policy ride along in the batch."""
         if self._measured is not None:
             bridge.attach_measured(batch, self._measured)
+            if self._routes is not None:
+                batch[bridge.ROUTES] = self._routes
 
     def _wanted(self, scope: Scope) -> tuple[str, ...]:
         """What the head has to compute for the controls of a scope; moments only if one of them reads them."""

@@ -95,7 +95,7 @@ class PolicyTrainer(ControlledTrainer):
         self._parity_checked = False
         self._rewards: Tensor | None = None
         self._checkpoint: str | None = None
-        self._measured = self._tool_mask = None
+        self._measured = self._tool_mask = self._routes = None
         self._grad_norm = float("nan")
         policy = self.accelerator.unwrap_model(self.model)
         self._z_loss = RouterZLoss(policy, args.router_z_loss_coef) if args.router_z_loss_coef else None

@@ -173,9 +173,9 @@ class PPOTrainer(PolicyTrainer):
         return loss, {"critic/loss": Mean.of(each.loss), "critic/clipped": Mean.of(each.clipped)}
 
     def _other_terms(
-        self, inputs: dict[str, Any], statistics: Statistics, aux_loss: Tensor | None
+        self, inputs: dict[str, Any], statistics: Statistics, skipped: Tensor, aux_loss: Tensor | None
     ) -> Iterator[tuple[Tensor, Metrics]]:
-        yield from super()._other_terms(inputs, statistics, aux_loss)
+        yield from super()._other_terms(inputs, statistics, skipped, aux_loss)
         if VALUE in statistics:
             assert self.args.vf_coef is not None
             loss, metrics = self._value_loss(inputs, statistics[VALUE])

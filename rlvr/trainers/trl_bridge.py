@@ -49,6 +49,7 @@ NUM_VALUED = "rlvr_num_valued"
 _VALUES, _RETURNS = "rlvr_values", "rlvr_returns"
 _COEFFICIENT = "rlvr_coefficient_"
 _MEASURED = "rlvr_measured_"
+ROUTES = "rlvr_routes"  # which experts each sequence (B, K) was sent to by the policy that made the rollout
 
 
 def forward_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
