@@ -1,6 +1,7 @@
 """Mixtures of LoRA experts under GRPO and PPO: the routers' loss is a term of the objective; what they do is told."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rlvr.errors import ConfigError
 from rlvr.mole.model import MoleConfig, expert_layers
 from rlvr.mole.routers import auxiliary_loss, build_router
 from rlvr.monitor.records import read_steps
+from rlvr.trainers.engine import require_engine_of_experts
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -204,6 +206,13 @@ def test_bad_settings_are_refused_in_one_line(
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_an_engine_without_the_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="would sample without the experts.* set use_vllm: false"):
+        require_engine_of_experts(SimpleNamespace(use_vllm=True), own_engine=False)  # type: ignore[arg-type]
+    require_engine_of_experts(SimpleNamespace(use_vllm=True), own_engine=True)  # type: ignore[arg-type]
+    require_engine_of_experts(SimpleNamespace(use_vllm=False), own_engine=False)  # type: ignore[arg-type]
 
 
 def test_settings_of_experts_are_pefts_configuration(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerState
 
 from rlvr.errors import ConfigError
-from rlvr.mole.model import expert_layers
+from rlvr.mole.model import MoleConfig, expert_layers
 from rlvr.mole.tracker import RouterTracker
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.rollout.cpu_engine import CpuEngine
@@ -75,6 +75,8 @@ class PolicyTrainer(ControlledTrainer):
         self._stages = Stages(schedule, args, train_dataset) if schedule else None
         args.check_data(train_dataset.column_names, len(train_dataset))
         own_engine = needs_cpu_engine(args)
+        if isinstance(trl_arguments.get("peft_config"), MoleConfig):
+            require_engine_of_experts(args, own_engine)
         with without_trl_engine(args, own_engine):
             self._construct(model, reward_funcs, args, train_dataset, eval_dataset, **trl_arguments)
         if args.share_prompts:
