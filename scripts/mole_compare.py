@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from rlvr.errors import ConfigError
-from rlvr.mole.model import MoleConfig, trainable_parameters
+from rlvr.mole.model import MoleConfig
 from rlvr.tasks import TaskConfig, load_task
 from rlvr.tasks.load import Task
 from rlvr.trainers.sft import SFTConfig, SFTTrainer, demonstrations
@@ -111,7 +111,7 @@ def perform(method: str, seed: int, steps: int, task: Task) -> None:
         "method": method,
         "seed": seed,
         "steps": steps,
-        "trained": trainable_parameters(model),
+        "trained": model.get_nb_trainable_parameters()[0],
         "loss": logs[-1]["loss"],
         "seconds": trainer.state.log_history[-1]["train_runtime"],
         "router": told,

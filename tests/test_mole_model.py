@@ -155,6 +155,10 @@ def test_merging_is_refused() -> None:
         ({"num_experts": [4, 0]}, ("num_experts=0", "at least 1")),
         ({"lora_alpha": 0}, ("lora_alpha=0", "> 0")),
         ({"lora_dropout": 1.0}, ("lora_dropout=1.0", "[0, 1)")),
+        ({"lora_dropout": "5e-2"}, ("lora_dropout='5e-2'", "[0, 1)")),
+        ({"lora_alpha": float("inf")}, ("lora_alpha=inf", "finite")),
+        ({"target_modules": None}, ("target_modules=None", "names of layers")),
+        ({"target_modules": ["q_proj", 3]}, ("target_modules=['q_proj', 3]", "names of layers")),
         ({"router": {"name": "dynmole", "min_k": 4}}, ("num_experts=3", "4 at least")),
         ({"router": {"name": "dynmole", "q": -1}}, ("q=-1", "> 0")),
     ],
@@ -187,8 +191,12 @@ def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
     trained(mole()).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"has shape \(32, 12\) in the checkpoint, \(48, 12\) in the model"):
         PeftModel.from_pretrained(base_model(hidden_size=48), tmp_path)
-    with pytest.raises(ConfigError, match=r"lacks 18 of the checkpoint's weights"):
-        PeftModel.from_pretrained(base_model(num_hidden_layers=2), tmp_path)
+    for layers, message in (
+        (2, "the model lacks 18 of the checkpoint's"),
+        (5, "the checkpoint lacks 9 of the model's"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            PeftModel.from_pretrained(base_model(num_hidden_layers=layers), tmp_path)
 
 
 def test_a_layer_has_several_adapters_of_which_one_is_active() -> None:
@@ -199,6 +207,9 @@ def test_a_layer_has_several_adapters_of_which_one_is_active() -> None:
     assert not torch.equal(logits(trained(model)), first)
     layer = next(module for module in model.modules() if isinstance(module, MoleLinear))
     assert set(layer.mole_experts) == {"default", "second"} and len(layer.active_experts) == 1
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ConfigError, match="2 active adapters: choose one with set_adapter"):
+        expert_layers(model)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
     assert peft.get_peft_model_state_dict(model).keys() == peft.get_peft_model_state_dict(mole()).keys()

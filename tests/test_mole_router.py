@@ -94,6 +94,14 @@ def test_uncertain_tokens_go_to_all_experts() -> None:
     assert hybrid_route(probs, threshold=1.0).selected.sum(-1).tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("experts", [6, 8])
+def test_threshold_1_is_never_soft(experts: int) -> None:
+    """In float32 the normalized entropy of an even choice may round to more than 1."""
+    probs = (1e-4 * torch.randn(1000, experts, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    for p in (probs, torch.full_like(probs, 1 / experts)):
+        assert not hybrid_route(p, threshold=1.0, min_k=2).selected.all(-1).any()
+
+
 def test_ties_are_broken_by_the_number_of_the_expert() -> None:
     assert top_k_route(torch.full((2, 4), 0.25), 2).selected.tolist() == [[True, True, False, False]] * 2
 
@@ -129,7 +137,7 @@ def test_entropy_has_the_releases_eps() -> None:
 
 def test_impossible_experts_have_no_entropy_and_finite_gradients() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf], [2000.0, 0.0, -2000.0]], requires_grad=True)
-    for q in (0.5, 1.0, 1.1, 2.0):
+    for q in (0.05, 0.5, 1.0, 1.1, 2.0):
         entropy = tsallis_entropy(logits.softmax(-1), q)
         assert entropy[0].item() == pytest.approx(tsallis_entropy(logits[:1, :2].softmax(-1), q).item(), rel=1e-6)
         (grad,) = torch.autograd.grad(entropy.sum(), logits)
@@ -205,6 +213,10 @@ def test_routers_are_built_from_what_they_say_of_themselves(name: str) -> None:
         ({"name": "dynmole", "rule": "reech"}, ("rule='reech'", "'reach'")),
         ({"name": "top_k", "k": 0}, ("k=0", "experts")),
         ({"name": "soft", "balance_coef": -1.0}, ("balance_coef=-1.0", ">= 0")),
+        ({"name": "dynmole", "q": float("inf")}, ("q=inf", "finite")),
+        ({"name": "dynmole", "threshold": float("nan")}, ("threshold=nan",)),
+        ({"name": "top_k", "k": 2.0}, ("k=2.0", "whole number")),
+        ({"name": "top_k", "k": 10**9}, ("k=1000000000", "4096")),
     ],
 )
 def test_bad_routers_are_refused_in_one_line(spec: object, parts: tuple[str, ...]) -> None:

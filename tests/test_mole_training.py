@@ -1,5 +1,6 @@
 """Mixtures of LoRA experts under GRPO and PPO: the routers' loss is a term of the objective; what they do is told."""
 
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,13 +76,10 @@ def test_the_routers_loss_is_a_term_of_the_objective(tiny_model_dir: Path, tmp_p
         batches.append(seen)
     again = trainer(tiny_model_dir, tmp_path / "again", mole={"router": {"name": "dynmole", **coefs}})
     router, total = build_router({"name": "dynmole", **coefs}), torch.zeros(())
-    layers = list(expert_layers(again.model).values())
     for batch in batches[0]:
         ids, mask = texts(batch)
-        for experts in layers:
-            experts.recording = True
         again.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-        recorded = [experts.recorded[mask.bool()] for experts in layers]
+        recorded = [logits[mask.bool()] for logits in again.routers._last.logits]
         total = total + auxiliary_loss(router, torch.cat(recorded))[0] / 2
     trained = [p for name, p in again.model.named_parameters() if "mole_" in name]
     gradients = torch.autograd.grad(total, trained, allow_unused=True)
@@ -209,10 +207,28 @@ def test_bad_settings_are_refused_in_one_line(
 
 
 def test_an_engine_without_the_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="would sample without the experts.* set use_vllm: false"):
+    with pytest.raises(ConfigError, match=r"would sample without the experts.* set use_vllm: false"):
         require_engine_of_experts(SimpleNamespace(use_vllm=True), own_engine=False)  # type: ignore[arg-type]
     require_engine_of_experts(SimpleNamespace(use_vllm=True), own_engine=True)  # type: ignore[arg-type]
     require_engine_of_experts(SimpleNamespace(use_vllm=False), own_engine=False)  # type: ignore[arg-type]
+
+
+def test_settings_are_enough_for_a_mixture(tiny_model_dir: Path, tmp_path: Path) -> None:
+    mole = {"r": 4, "num_experts": 3, "target_modules": ["q_proj"]}
+    one = policy_trainer(FixedRollouts, tiny_model_dir, tmp_path, num_generations=4, mole=mole)
+    assert {experts.num_experts for experts in expert_layers(one.model).values()} == {3}
+    with pytest.raises(ConfigError, match="mole and a PEFT configuration"):
+        policy_trainer(FixedRollouts, tiny_model_dir, tmp_path, num_generations=4, mole=mole, peft_config=config())
+
+
+def test_a_copy_of_the_model_has_nothing_of_a_pass(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = trainer(tiny_model_dir, tmp_path, max_steps=1)
+    one.train()
+    one.model(input_ids=torch.arange(5, 15).view(2, 5))  # a pass with gradient that nobody asks for
+    copy = deepcopy(one.model)
+    assert torch.equal(
+        adapters(one), torch.cat([p.detach().flatten() for n, p in copy.named_parameters() if "mole_" in n])
+    )
 
 
 def test_settings_of_experts_are_pefts_configuration(tmp_path: Path) -> None:
@@ -238,8 +254,9 @@ def test_padding_of_packed_prompts_is_in_no_statistic(tiny_model_dir: Path, tmp_
     one._prepare_inputs = counting
     one.train()
     assert len({len(row) for row in read_steps(tmp_path)[0]["routers"]["load"]}) == 1
-    told = [sum(record["routers"]["position_tokens"]) for record in read_steps(tmp_path)]
-    assert told == counted
+    told = [record["routers"]["position_tokens"] for record in read_steps(tmp_path)]
+    assert [sum(tokens) for tokens in told] == counted
+    assert all(len(tokens) == 1 for tokens in told)  # no text has more than 16 tokens, though rows do
 
 
 def test_routing_drifts_from_the_rollouts_with_each_update(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from test_mole_training import adapters, config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlvr.errors import ConfigError
 from rlvr.mole.model import expert_layers
@@ -88,13 +88,10 @@ def test_the_routers_loss_is_added_as_a_mean_over_micro_batches(tiny_model_dir: 
         moved.append(adapters(one) - start)
     again = trainer(tiny_model_dir, tmp_path / "again", peft_config=mole)
     router, total = build_router({"name": "dynmole", **coefs}), torch.zeros(())
-    layers = list(expert_layers(again.model).values())
     assert len(batches) == 4 and (batches[0]["attention_mask"] == 0).any()
     for batch in batches[:2]:
-        for experts in layers:
-            experts.recording = True
         again.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        recorded = [experts.recorded[batch["attention_mask"].bool()] for experts in layers]
+        recorded = [logits[batch["attention_mask"].bool()] for logits in again.routers._last.logits]
         total = total + auxiliary_loss(router, torch.cat(recorded))[0] / 2
     trained = [p for name, p in again.model.named_parameters() if "mole_" in name]
     gradients = torch.autograd.grad(total, trained, allow_unused=True)
@@ -150,11 +147,51 @@ def test_the_recipe_trains_and_saves_a_mixture(tiny_model_dir: Path, tmp_path: P
     assert all(experts.b.abs().sum() > 0 for experts in layers.values())
 
 
+def test_a_saved_mixture_is_trained_further(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """By its folder, as any other model; adapters upon it are refused."""
+    train_sft(*parse_arguments(SFTConfig, recipe(tiny_model_dir, tmp_path)))
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    (tmp_path / "again").mkdir()
+    given = recipe(tmp_path / "run/model", tmp_path / "again", mole=None, learning_rate=1.0e-3)
+    train_sft(*parse_arguments(SFTConfig, given))
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again/run/model")
+    moved = adapters_of(second) - adapters_of(first)
+    assert 0 < moved.norm() < 0.5 * adapters_of(first).norm()
+    with pytest.raises(ConfigError, match="holds adapters, which are trained further: unset mole"):
+        train_sft(*parse_arguments(SFTConfig, recipe(tmp_path / "run/model", tmp_path)))
+
+
+def adapters_of(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "mole_" in name])
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe"])
+def test_layers_that_get_their_texts_as_one_are_counted_alike(
+    family: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """These families flatten what some of their linear layers read."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    own = {
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16},
+    }
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings, **sizes, **own[family]))
+    names = {"opt": ["q_proj", "fc1"], "qwen2_moe": ["q_proj", "up_proj"]}[family]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    one = trainer(tmp_path / "model", tmp_path / "run", peft_config=config(target_modules=names))
+    one.train()
+    for entry in logged(one):
+        assert 2 <= entry["router/experts"] <= 4 and entry["router/aux_loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
         ({"mole": {"num_experts": 0}}, ("num_experts=0",)),
-        ({"use_peft": True}, ("use_peft=True", "mole", "remove one")),
+        ({"use_peft": True}, ("use_peft", "mole", "remove one")),
         ({"model_name_or_path": None}, ("model_name_or_path is not set",)),
         ({"mole": {"target_modules": ["nope"]}}, ("target_modules=['nope']", "no layer")),
     ],

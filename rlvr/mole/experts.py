@@ -40,7 +40,7 @@ class Experts(nn.Module):
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.recording = False
-        self.recorded: Tensor | None = None  # router logits of the last recorded pass, [..., E], with gradient
+        self.recorded: Tensor | None = None  # router logits of the pass that is recorded, [..., E], with gradient
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out], of the dtype that the experts compute in."""

@@ -6,12 +6,13 @@ configuration, so that a saved adapter would load as something else, and LoRA's 
 Importing this file is enough for `PeftModel.from_pretrained` to read such adapters.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import NoMatchingPeftModuleError, PeftType, register_peft_method
 from torch import Tensor, nn
@@ -23,10 +24,13 @@ from rlvr.mole.routers import Router, build_router, options
 
 def _peft_type(name: str) -> PeftType:
     """A new member of PEFT's list of methods: it registers methods of others, but only under names of its list."""
+    if name in PeftType._member_map_:
+        return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)  # from Python 3.12 on an attribute is looked for there alone
     return member
 
 
@@ -61,10 +65,15 @@ class MoleConfig(PeftConfig):
         for name, value in (("r", self.r), *(("num_experts", number) for number in self.expert_counts)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}: must be a whole number, at least 1")
-        if not self.lora_alpha > 0:
-            raise ConfigError(f"lora_alpha={self.lora_alpha}: must be > 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout}: must lie in [0, 1)")
+        for name, limit, must_be in (("lora_alpha", math.inf, "> 0 and finite"), ("lora_dropout", 1, "in [0, 1)")):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < limit or (value == 0 and name == "lora_alpha"):
+                raise ConfigError(f"{name}={value!r}: must be a number {must_be}")
+        names = self.target_modules
+        listed = isinstance(names, list | tuple | set) and names and all(isinstance(name, str) for name in names)
+        if not listed and not (isinstance(names, str) and names):
+            raise ConfigError(f"target_modules={names!r}: must be names of layers, a pattern, or all-linear")
         router = build_router(self.router)
         fewest = min(self.expert_counts)
         if fewest < router.fewest:
@@ -98,8 +107,6 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.mole_experts = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
 
     def add(self, name: str, num_experts: int, config: MoleConfig, inference_mode: bool) -> None:
         """Put the experts of an adapter beside the layer."""
@@ -163,11 +170,14 @@ class MoleModel(BaseTuner):
         )
         ours = {name: p for name, p in model.named_parameters() if cls.prefix in name}
         theirs = {name: x for name, x in renamed.items() if cls.prefix in name}
-        if lacking := sorted(name for name in theirs if name not in ours and f"base_model.model.{name}" not in ours):
-            raise ConfigError(
-                f"the model lacks {len(lacking)} of the checkpoint's weights, first {lacking[0]}: the adapter is of "
-                "another architecture"
-            )
+        mine = {name.removeprefix("base_model.model.") for name in ours if f".{adapter_name}." in name}
+        given = {name.removeprefix("base_model.model.") for name in theirs}
+        for lacks, of, lacking in (("model", "checkpoint", given - mine), ("checkpoint", "model", mine - given)):
+            if lacking:
+                raise ConfigError(
+                    f"the {lacks} lacks {len(lacking)} of the {of}'s weights, first {min(lacking)}: the adapter is of "
+                    "another architecture"
+                )
         for name, x in theirs.items():
             p = ours.get(name, x)
             shape = tuple(getattr(p, "ds_shape", p.shape))
@@ -207,7 +217,7 @@ class MoleModel(BaseTuner):
             return counts[0]
         total = self.model.config.get_text_config().num_hidden_layers
         numbers = [int(part) for part in key.split(".") if part.isdecimal()]
-        if not numbers or total % len(counts):
+        if not numbers or total % len(counts) or numbers[0] >= total:
             raise ConfigError(
                 f"num_experts={config.num_experts}: {key} must lie in one of {total} layers, and their number be a "
                 f"multiple of {len(counts)}; give one number for all"
@@ -215,19 +225,19 @@ class MoleModel(BaseTuner):
         return counts[numbers[0] * len(counts) // total]
 
 
-register_peft_method(name="mole", config_cls=MoleConfig, model_cls=MoleModel)
+if MOLE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="mole", config_cls=MoleConfig, model_cls=MoleModel)
 
 
 def expert_layers(model: nn.Module) -> dict[str, Experts]:
-    """The active experts of a model by the name of their linear layer in the base model; empty without any."""
+    """The active experts of a model by the name of their linear layer in the base model; empty without any.
+
+    Raises: ConfigError if several adapters are active.
+    """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, MoleLinear):
-            for experts in module.active_experts:
-                found[name.removeprefix("base_model.model.")] = experts
+        if isinstance(module, MoleLinear) and (active := module.active_experts):
+            if len(active) > 1:
+                raise ConfigError(f"{name} has {len(active)} active adapters: choose one with set_adapter")
+            found[name.removeprefix("base_model.model.")] = active[0]
     return found
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
-    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in model.parameters() if p.requires_grad)

@@ -35,16 +35,18 @@ def tsallis_entropy(probs: Tensor, q: float, normalized: bool = False, eps: floa
     one expert has 0.   eps: added to every probability as DynMoLE's release does (1e-5), which biases T_q by up to
     3e-4.
     Differs from the release: exact at p = 0 without eps, in value and gradient.
-    Raises: ValueError unless q > 0.   Ref: Tsallis 1988; DynMoLE, Li et al. 2025, arXiv 2504.00661.
+    Raises: ValueError unless q > 0 and finite.   Ref: Tsallis 1988; DynMoLE, Li et al. 2025, arXiv 2504.00661.
     """
-    if not q > 0:
-        raise ValueError(f"q={q}: must be > 0")
+    if not 0 < q < math.inf:
+        raise ValueError(f"q={q}: must be > 0 and finite")
     experts, p = probs.size(-1), probs + eps
     safe = torch.where(p > 0, p, 1.0)
     if q == 1:
         entropy = -(safe * safe.log()).sum(-1)
-    else:  # p - p^q without cancellation for q near 1
-        entropy = -(safe * torch.expm1((q - 1) * safe.log())).sum(-1) / (q - 1) - experts * eps / (q - 1)
+    else:
+        near_1 = abs(q - 1) < 0.5  # where p - p^q is a small difference; elsewhere p^(q - 1) may overflow
+        lost = -safe * torch.expm1((q - 1) * safe.log()) if near_1 else safe - safe**q
+        entropy = lost.sum(-1) / (q - 1) - experts * eps / (q - 1)
     if not normalized or experts == 1:
         return entropy
     most = math.log(experts) if q == 1 else -math.expm1((1 - q) * math.log(experts)) / (q - 1)
@@ -80,7 +82,8 @@ def hybrid_route(
     reached = ordered.cumsum(-1)
     few = reached <= top_p if rule == "release" else reached - ordered < top_p
     few[..., :min_k] = True
-    soft = tsallis_entropy(probs.detach(), q, normalized, eps) > threshold
+    entropy = tsallis_entropy(probs.detach(), q, normalized, eps)
+    soft = (entropy.clamp(max=1.0) if normalized else entropy) > threshold  # rounding must not exceed 1
     selected = torch.zeros_like(few).scatter(-1, order, few) | soft.unsqueeze(-1)
     return _routed(probs, selected, renormalize=rule == "reach")
 
@@ -168,5 +171,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def _check_count(name: str, value: int, experts: int) -> None:
+    if type(value) is not int:
+        raise ValueError(f"{name}={value!r}: must be a whole number")
     if not 1 <= value <= experts:
         raise ValueError(f"{name}={value}: must lie in [1, {experts}], the number of experts")

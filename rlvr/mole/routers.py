@@ -1,5 +1,6 @@
 """Routers by name: a routing rule with its hyper-parameters and auxiliary losses. Adding one is a class and a line."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,7 @@ from rlvr.mole.router import (
     z_loss,
 )
 
+MOST_EXPERTS = 4096
 Load = Literal["selected", "weight"]
 
 
@@ -44,11 +46,15 @@ class Router:
     z_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("k", "min_k"):
+            value = getattr(self, name, 1)
+            if type(value) is not int or not 1 <= value <= MOST_EXPERTS:
+                raise ValueError(f"{name}={value!r}: must be a whole number of experts in [1, {MOST_EXPERTS}]")
         self(torch.full((self.fewest,), 1 / self.fewest))  # rules check their own options
         tsallis_entropy(torch.ones(1), self.q)
         for name in ("eps", "entropy_coef", "balance_coef", "z_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be >= 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be >= 0 and finite")
 
     @property
     def fewest(self) -> int:
@@ -84,9 +90,14 @@ class DynMole(Router):
     rule: Rule = "release"
     entropy_coef: float = 0.01
 
+    def __post_init__(self) -> None:
+        Router.__post_init__(self)
+        if math.isnan(self.threshold):
+            raise ValueError("threshold=nan: must be a number")
+
     @property
     def fewest(self) -> int:
-        return max(1, self.min_k)
+        return self.min_k
 
     def __call__(self, probs: Tensor) -> Routing:
         return hybrid_route(
@@ -109,7 +120,7 @@ class TopK(Router):
 
     @property
     def fewest(self) -> int:
-        return max(1, self.k)
+        return self.k
 
     def __call__(self, probs: Tensor) -> Routing:
         return top_k_route(probs, self.k)

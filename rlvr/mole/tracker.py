@@ -47,6 +47,17 @@ class Traffic:
         return Traffic(**{f.name: x.view(part.shape).cpu() for f, x, part in named})
 
 
+@dataclass(slots=True)
+class Recorded:
+    """A pass. logits: of each layer, [B, S, E].   mask: [B, S] bool, None if the pass did not say what padding is.
+    position: [B, S], of a token in its text.
+    """
+
+    logits: list[Tensor]
+    mask: Tensor | None
+    position: Tensor | None
+
+
 class RouterTracker:
     """Records the routers in each pass with gradient of a decoder, such as LlamaModel, bare or inside of wrappers.
 
@@ -57,12 +68,16 @@ class RouterTracker:
     def __init__(self, decoder: nn.Module, layers: Mapping[str, Experts]) -> None:
         self.layers = dict(layers)
         self.router: Router = next(iter(layers.values())).route
-        self._mask: Tensor | None = None
         self._expected: Tensor | None = None
+        self._last: Recorded | None = None
         self._loads: list[Tensor] | None = None  # of each text of the passes, while they are collected
         self._traffic: Traffic | None = None
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has hooks of its own, and nothing of what this one has seen."""
+        return {**self.__dict__, "_last": None, "_expected": None, "_loads": None, "_traffic": None}
 
     def expect(self, mask: Tensor) -> None:
         """Say which places [B, S] of the next pass are no padding."""
@@ -80,45 +95,54 @@ class RouterTracker:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() or self._loads is not None:
             for experts in self.layers.values():
-                experts.recording, experts.recorded = True, None
+                experts.recording = True
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         expected, self._expected = self._expected, None
         if not torch.is_grad_enabled() and self._loads is None:
             return
-        for experts in self.layers.values():  # a checkpointed layer runs again, in the backward pass
-            experts.recording = False
-        mask = kwargs.get("attention_mask") if expected is None else expected
-        if mask is not None and mask.dim() != 2:
-            raise ConfigError("routers cannot tell padding from an attention mask of 4 dimensions: give one of [B, S]")
-        self._mask = mask
-        if self._loads is not None and all(experts.recorded is not None for experts in self.layers.values()):
-            self._loads.append(_shares(self.router, *self._recorded()))  # unless experts are turned off
-
-    def _recorded(self) -> tuple[list[Tensor], Tensor]:
-        """Logits of each layer, [B, S, E], and mask [B, S], of the last recorded pass, which is forgotten."""
-        found = [experts.recorded for experts in self.layers.values()]
-        logits = [x for x in found if x is not None]
-        if len(logits) < len(found):
-            raise RuntimeError("no pass with gradient has been recorded")
+        found = []
         for experts in self.layers.values():
-            experts.recorded = None
-        shape, device = logits[0].shape[:2], logits[0].device
-        mask = torch.ones(shape, dtype=torch.bool) if self._mask is None else self._mask.bool()
-        return logits, mask.to(device)
+            found.append(experts.recorded)
+            # A checkpointed layer runs again, in the backward pass.
+            experts.recording, experts.recorded = False, None
+        logits = [x for x in found if x is not None]
+        if len(logits) < len(found):  # experts are turned off
+            return
+        shape = output[0].shape[:2]
+        logits = [x.view(*shape, x.size(-1)) for x in logits]  # some layers get their texts one after the other
+        mask = kwargs.get("attention_mask") if expected is None else expected
+        last = Recorded(logits, mask, kwargs.get("position_ids"))
+        if self._loads is None:
+            self._last = last
+        else:
+            self._loads.append(_shares(self.router, logits, self._valid(last)))
+
+    @staticmethod
+    def _valid(last: Recorded) -> Tensor:
+        """Which places [B, S] of a pass are no padding."""
+        like = last.logits[0]
+        if last.mask is None:
+            return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+        if last.mask.dim() != 2:
+            raise ConfigError("routers cannot tell padding from an attention mask of 4 dimensions: give one of [B, S]")
+        return last.mask.bool().to(like.device)
 
     def take(self, before: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The auxiliary loss of the last pass with gradient, coefficients included, its terms, and the drift of
         routing.   before: what `collected` gave for the texts of the pass.
         """
-        logits, mask = self._recorded()
-        if not logits[0].requires_grad:
+        if self._last is None:
+            raise RuntimeError("no pass with gradient has been recorded")
+        last, self._last = self._last, None
+        logits, mask = last.logits, self._valid(last)
+        if self.router.penalizes and not logits[0].requires_grad:
             raise ConfigError(
-                "the routers' auxiliary loss has no gradient under reentrant checkpointing: set "
-                "gradient_checkpointing_kwargs: {use_reentrant: false}"
+                "the routers' loss has no gradient: load the adapters with is_trainable=True, and under checkpointing "
+                "set gradient_checkpointing_kwargs: {use_reentrant: false}"
             )
         with torch.no_grad():
-            seen = _traffic(self.router, logits, mask)
+            seen = _traffic(self.router, last, mask)
             now = None if before is None else _shares(self.router, logits, mask)
         self._traffic = seen if self._traffic is None else self._traffic + seen
         loss, terms = self._auxiliary(logits, mask.flatten())
@@ -158,10 +182,11 @@ class RouterTracker:
         return metrics, _details(traffic, list(self.layers), real)
 
 
-def _traffic(router: Router, logits: list[Tensor], mask: Tensor) -> Traffic:
-    """logits: of each layer, [B, S, E].   mask: [B, S] bool."""
-    most, device = max(x.size(-1) for x in logits), mask.device
-    position = (mask.cumsum(1) - 1)[mask]
+def _traffic(router: Router, last: Recorded, mask: Tensor) -> Traffic:
+    """mask: [B, S] bool. Without positions a token's is its place in its row."""
+    logits, device = last.logits, mask.device
+    most = max(x.size(-1) for x in logits)
+    position = (mask.cumsum(1) - 1 if last.position is None else last.position.expand_as(mask))[mask]
     bins = torch.bucketize(position, torch.tensor(EDGES[1:], device=device), right=True)
     zeros = torch.zeros(len(EDGES), dtype=torch.float64, device=device)
     entropy, soft, experts, load = [], [], [], []

@@ -40,7 +40,8 @@ _ROWS: dict[str, Metric] = {
     ),
     "policy/tokens": Metric("tokens", "tokens of the step, skipped sequences included: the token means are over them"),
     "policy/weight": Metric("1", "mean weight on the surrogate, from controls and the engine correction", "near 1"),
-    # router: of a mixture of LoRA experts, over the tokens of the step's texts, prompts included, and all routers
+    # router: of a mixture of LoRA experts, over all routers and the tokens, prompts included, of the step's texts that
+    # were passed with gradient (policy/skipped)
     "router/aux_loss": Metric("1", "auxiliary loss of the routers, coefficients included"),
     "router/balance": Metric(
         "1", "load balance of the routers, before its coefficient", "1 per expert slot when even"
@@ -48,7 +49,7 @@ _ROWS: dict[str, Metric] = {
     "router/dead": Metric("fraction", "experts that get less than 1 % of an even share of their layer's tokens", "0"),
     "router/drift": Metric(
         "fraction",
-        "share of a text's tokens that are sent to other experts than by the policy that made it, mean over routers",
+        "total variation of a text's load of experts from that by the policy that made it, mean over routers",
         "0 on a rollout's first update",
     ),
     "router/entropy": Metric(

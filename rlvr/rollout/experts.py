@@ -31,6 +31,8 @@ def attach_experts(model: nn.Module, experts: Mapping[str, nn.Module]) -> None:
             continue
         names = [f"{parent}.{part}" for part in packed.get(own, [own])]
         widths = list(getattr(layer, "output_partition_sizes", ())) or [layer.weight.size(0)]
+        if len(names) == 1:  # fused in the checkpoint, too
+            widths = [sum(widths)]
         found = [left.pop(part, None) for part in names]
         if all(one is None for one in found):
             continue

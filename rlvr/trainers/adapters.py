@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-from trl import ModelConfig, get_peft_config
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from rlvr.errors import ConfigError, unknown
 from rlvr.mole.model import MoleConfig
@@ -40,11 +42,29 @@ class AdapterFields:
         return MoleConfig(**given, task_type="CAUSAL_LM")
 
 
-def choose_adapter(args: AdapterFields, model_config: ModelConfig) -> Any:
-    """The run's PeftConfig, None to train all weights. Raises: ConfigError if there are two."""
+def choose_adapter(args: AdapterFields, given: Any) -> Any:
+    """The PeftConfig of a run, None to train all weights.
+
+    given: as a trainer's argument.   Raises: ConfigError if `mole` is set beside it.
+    """
     mole = args.mole_config
-    if mole is None:
-        return get_peft_config(model_config)
-    if model_config.use_peft:
-        raise ConfigError("use_peft=True and mole both say what is trained: remove one")
-    return mole
+    if mole is not None and given is not None:
+        raise ConfigError("mole and a PEFT configuration (use_peft) both say what is trained: remove one")
+    return given if mole is None else mole
+
+
+def policy_or_adapter(model_config: ModelConfig, args: Any) -> Any:
+    """The model of a run as a trainer takes it: its name, or the loaded model where the name is of saved adapters,
+    which are trained further.   args: with model_init_kwargs.   Raises: ConfigError for adapters upon adapters.
+    """
+    name = str(model_config.model_name_or_path)
+    if not (Path(name) / "adapter_config.json").is_file():
+        return name
+    if args.mole_config is not None or model_config.use_peft:
+        raise ConfigError(
+            f"model_name_or_path={name!r} holds adapters, which are trained further: unset mole, use_peft"
+        )
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    model = AutoModelForCausalLM.from_pretrained(base, **(args.model_init_kwargs or {}))
+    args.model_init_kwargs = None
+    return PeftModel.from_pretrained(model, name, is_trainable=True)

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 import yaml
+from peft import PeftConfig
 from transformers import AutoConfig
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlvr.errors import ConfigError, unknown
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.monitor.report import write_report
 from rlvr.monitor.summary import format_summary, summarize
 from rlvr.tasks import TaskConfig, load_task
-from rlvr.trainers.adapters import choose_adapter
+from rlvr.trainers.adapters import choose_adapter, policy_or_adapter
 from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.policy import PolicyTrainer
 from rlvr.trainers.resume import resolve_checkpoint
@@ -67,18 +68,18 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         check_run_dir(output_dir, resume=checkpoint is not None)
     check_model(model_config)
-    adapter = choose_adapter(args, model_config)
+    choose_adapter(args, get_peft_config(model_config))
     task = load_task(task_config)
     args.model_init_kwargs = model_arguments(args, model_config)
     args.eval_on_start = task.heldout is not None and checkpoint is None
     trainer = trainer_class(
-        model_config.model_name_or_path,
+        policy_or_adapter(model_config, args),
         task.reward,
         args,
         task.train,
         task.heldout,
         quantization_config=get_quantization_config(model_config),
-        peft_config=adapter,
+        peft_config=get_peft_config(model_config),
         run_config={**asdict(task_config), **asdict(model_config), "task_description": task.describe},
         schedule=task.schedule,
     )
@@ -95,17 +96,17 @@ def train(
 def train_sft(task_config: TaskConfig, args: SFTConfig, model_config: ModelConfig) -> None:
     """Check, load, train, save."""
     check_model(model_config)
-    adapter = choose_adapter(args, model_config)
+    choose_adapter(args, get_peft_config(model_config))
     task = load_task(task_config)
     train_rows, heldout_rows = solved_rows(task, task_config.answer_template)
     args.model_init_kwargs = model_arguments(args, model_config)
     trainer = SFTTrainer(
-        model_config.model_name_or_path,
+        policy_or_adapter(model_config, args),
         args=args,
         train_dataset=train_rows,
         eval_dataset=heldout_rows,
         quantization_config=get_quantization_config(model_config),
-        peft_config=adapter,
+        peft_config=get_peft_config(model_config),
     )
     trainer.train(resume_from_checkpoint=resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint))
     trainer.save_model(f"{args.output_dir}/model")
@@ -147,6 +148,8 @@ def check_model(model_config: ModelConfig) -> None:
     name = str(model_config.model_name_or_path or "")
     if not name:
         raise ConfigError("model_name_or_path is not set: give a Hugging Face model name or a checkpoint's directory")
+    if (Path(name) / "adapter_config.json").is_file():
+        name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
     try:
         AutoConfig.from_pretrained(name, revision=model_config.model_revision)
     except (OSError, ValueError) as error:

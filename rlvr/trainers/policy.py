@@ -20,6 +20,7 @@ from rlvr.rollout.cpu_engine import CpuEngine
 from rlvr.rollout.parity import check_parity
 from rlvr.tasks.schedule import Stage
 from rlvr.trainers import trl_bridge as bridge
+from rlvr.trainers.adapters import choose_adapter
 from rlvr.trainers.callbacks import RunCallback, use_own_progress_bar
 from rlvr.trainers.clock import PhaseClock
 from rlvr.trainers.config import PolicyConfig
@@ -75,7 +76,8 @@ class PolicyTrainer(ControlledTrainer):
         self._stages = Stages(schedule, args, train_dataset) if schedule else None
         args.check_data(train_dataset.column_names, len(train_dataset))
         own_engine = needs_cpu_engine(args)
-        if isinstance(trl_arguments.get("peft_config"), MoleConfig):
+        trl_arguments["peft_config"] = choose_adapter(args, trl_arguments.get("peft_config"))
+        if isinstance(trl_arguments["peft_config"], MoleConfig):
             require_engine_of_experts(args, own_engine)
         with without_trl_engine(args, own_engine):
             self._construct(model, reward_funcs, args, train_dataset, eval_dataset, **trl_arguments)
@@ -130,7 +132,8 @@ class PolicyTrainer(ControlledTrainer):
         if not layers:
             return None
         require_engine_of_experts(self.args, own_engine)
-        return RouterTracker(policy.get_base_model().base_model, layers)
+        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        return RouterTracker(base.base_model, layers)
 
     def _value_head(self, policy: Any) -> Callable[[Tensor], Tensor] | None:
         """What makes values of the policy's hidden states, for a critic that shares its backbone."""

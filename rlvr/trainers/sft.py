@@ -11,8 +11,9 @@ from rlvr.errors import ConfigError
 from rlvr.mole.model import expert_layers
 from rlvr.mole.tracker import RouterTracker
 from rlvr.tasks.load import Task
-from rlvr.trainers.adapters import AdapterFields
-from rlvr.trainers.distributed import AcceleratorReduce
+from rlvr.trainers.adapters import AdapterFields, choose_adapter
+from rlvr.trainers.distributed import AcceleratorReduce, reduce_means
+from rlvr.types import Mean
 
 
 @dataclass
@@ -33,11 +34,13 @@ class SFTTrainer(trl.SFTTrainer):
 
     args: SFTConfig
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        model = self.accelerator.unwrap_model(self.model)
-        layers = expert_layers(model)
-        self.routers = RouterTracker(model.get_base_model().base_model, layers) if layers else None
+    def __init__(self, model: Any, args: SFTConfig, *, peft_config: Any = None, **options: Any) -> None:
+        super().__init__(model, args, peft_config=choose_adapter(args, peft_config), **options)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+        layers = expert_layers(unwrapped)
+        self.routers = RouterTracker(base.base_model, layers) if layers else None
+        self._terms: dict[str, Mean] = {}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -52,14 +55,15 @@ class SFTTrainer(trl.SFTTrainer):
         assert self.routers is not None
         auxiliary, terms = self.routers.take()
         for name, mean in terms.items():
-            self._metrics["train"][name].append(mean.value())
+            self._terms[name] = self._terms[name] + mean if name in self._terms else mean
         # With num_items_in_batch transformers leaves gradient accumulation to the loss.
         return auxiliary / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.routers is not None and self.model.training:
             metrics, _ = self.routers.close(AcceleratorReduce(self.accelerator))
-            for name, value in metrics.items():
+            terms, self._terms = reduce_means(self._terms, self.accelerator), {}
+            for name, value in {**metrics, **{name: mean.value() for name, mean in terms.items()}}.items():
                 self._metrics["train"][name].append(value)
         super().log(logs, start_time)
 
