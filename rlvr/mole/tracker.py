@@ -109,8 +109,11 @@ class RouterTracker:
         logits = [x for x in found if x is not None]
         if len(logits) < len(found):  # experts are turned off
             return
-        shape = output[0].shape[:2]
-        logits = [x.view(*shape, x.size(-1)) for x in logits]  # some layers get their texts one after the other
+        batch, length = output[0].shape[:2]
+        for name, x in zip(self.layers, logits, strict=True):
+            if x.numel() != batch * length * x.size(-1):
+                raise ConfigError(f"target_modules names {name}, which does not see every token: leave it out")
+        logits = [x.view(batch, length, x.size(-1)) for x in logits]  # some layers get their texts as one
         mask = kwargs.get("attention_mask") if expected is None else expected
         last = Recorded(logits, mask, kwargs.get("position_ids"))
         if self._loads is None:
