@@ -53,6 +53,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "experts": {**COMMON, "mole": EXPERTS},
     "warm-up": {**COMMON, "critic_warmup_steps": 2, "kl_reward_coef": 0.1, "gradient_accumulation_steps": 2},
 }
+# What must not be 0 throughout, or nothing was compared.
+ACTED = {
+    "own": ("clip_cov/masked", "kl_cov/selected", "token_budget/kept"),
+    "experts": ("router/entropy", "router/soft"),
+}
 LAUNCHES = ("ddp", "zero2", "zero3")
 
 
@@ -87,6 +92,8 @@ def test_two_processes_train_the_policy_and_critic_of_one(
             for metric in a.keys() & MEASURED:
                 assert a[metric] == pytest.approx(b[metric], rel=2e-4, abs=1e-6), (name, metric)
         assert any(entry["critic/clipped"] > 0 for entry in one["history"])
+        told = {metric for entry in one["history"] for metric, value in entry.items() if value}
+        assert told >= {"critic/loss", "entropy/mean", "advantage/std", *ACTED.get(name, ())}
         for part in ("policy", "critic"):
             moved = (one[part] - one["start"][part]).norm()
             assert moved > 0

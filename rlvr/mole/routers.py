@@ -1,6 +1,7 @@
 """Routers by name: a routing rule with its hyper-parameters and auxiliary losses. Adding one is a class and a line."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -28,7 +29,7 @@ Load = Literal["selected", "weight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Router:
+class Router(ABC):
     """What all routers have: called on probabilities [..., E], it gives a Routing.
 
     q: index of the Tsallis entropy that is reported, and that `entropy_coef` weighs.   entropy_coef, balance_coef,
@@ -66,8 +67,9 @@ class Router:
         """Whether there is an auxiliary loss."""
         return bool(self.entropy_coef or self.balance_coef or self.z_coef)
 
+    @abstractmethod
     def __call__(self, probs: Tensor) -> Routing:
-        raise NotImplementedError
+        """Where tokens of these probabilities go."""
 
     def entropy(self, probs: Tensor) -> Tensor:
         """T_q of each token, [...]."""

