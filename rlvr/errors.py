@@ -1,4 +1,4 @@
-"""Errors a user can act on: one line that names the field, the value and the fix."""
+"""Errors a user can act on: one line that names what is wrong, its value and the fix."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class ConfigError(ValueError):
     """Bad input, found before any model is loaded."""
+
+
+class RunError(RuntimeError):
+    """A run had to stop; what it had saved is whole. A recipe prints the line and exits with status 1."""
 
 
 def unknown(field: str, name: str, known: Iterable[str]) -> ConfigError:

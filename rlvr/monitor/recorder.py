@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -13,22 +12,13 @@ from typing import Any, SupportsFloat
 
 from rlvr import __version__
 from rlvr.errors import ConfigError
+from rlvr.monitor.files import append, replace, write_parquet
 from rlvr.monitor.metrics import metric
 from rlvr.monitor.records import EVALS, RUN, STEPS, TOKEN_FILE, TOKENS, holds_run, read_lines, read_run
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "deepspeed")
 
 _SECRETS = ("hub_token", "api_key", "password", "secret")
-# Fixed types, so that the files of a run can be read as one table even where a column is all None.
-_ROW_TYPES = {
-    **dict.fromkeys(("step", "sequence", "prompt_index"), "int64"),
-    **dict.fromkeys(("reward", "advantage"), "float64"),
-    **dict.fromkeys(("prompt", "completion"), "string"),
-}
-_TOKEN_TYPES = {
-    **dict.fromkeys(("entropy", "logps", "old_logps", "rollout_logps", "ref_logps", "weight", "drift"), "float32"),
-    **{"token_ids": "int64", "tokens": "string", "keep": "bool"},
-}
 
 
 class Recorder:
@@ -73,7 +63,7 @@ class Recorder:
                 "changed_config": {key: value for key, value in settings.items() if before.get(key) != value},
             }
         )
-        run["status"] = "running"
+        run |= {"status": "running", "error": None}
         self._write_run(run)
         return self
 
@@ -133,22 +123,22 @@ class Recorder:
             raise ValueError(f"token columns need one value per sequence each, got {sizes}")
         rows = next(iter(sizes.values()))
         path = self.run_dir / TOKENS / f"step-{step:06d}.parquet"
-        _write_parquet(path, {"step": [step] * rows, **columns})
+        write_parquet(path, {"step": [step] * rows, **columns})
         return path
 
-    def finish(self, status: str = "finished") -> None:
-        """Say in run.json how the run ended: `finished`, `failed`, `interrupted`. A killed run stays `running`."""
-        run = read_run(self.run_dir)
-        self._write_run(run | {"status": status, "finished": time.time()})
+    def finish(self, status: str = "finished", error: str | None = None) -> None:
+        """Say in run.json how the run ended: `finished`, `failed`, `interrupted`. A killed run stays `running`.
+
+        error: what stopped it.
+        """
+        run = read_run(self.run_dir) | {"status": status, "finished": time.time(), "error": error}
+        self._write_run(run)
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
-        _replace(self.run_dir / RUN, json.dumps(run, indent=2, allow_nan=False).encode() + b"\n")
+        replace(self.run_dir / RUN, json.dumps(run, indent=2, allow_nan=False).encode() + b"\n")
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with open(self.run_dir / name, "ab", buffering=0) as file:
-            file.write(line)
-            os.fsync(file.fileno())
+        append(self.run_dir / name, json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
 def check_run_dir(run_dir: str | Path, resume: bool) -> None:
@@ -163,6 +153,11 @@ def check_run_dir(run_dir: str | Path, resume: bool) -> None:
         raise ConfigError(
             f"output_dir={str(path)!r} already holds a run; continue it with --resume_from_checkpoint "
             "or choose another --output_dir"
+        )
+    if not resume and (left := next(path.glob("checkpoint-*/"), None)):
+        raise ConfigError(
+            f"output_dir={str(path)!r} holds {left.name}, but no run that it is of; choose another --output_dir, or "
+            "start from its weights with --model_name_or_path"
         )
 
 
@@ -221,7 +216,7 @@ def _keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
     lines = read_lines(path)
     kept = [(line, record) for line, record in lines if record["step"] <= step]
     if path.exists():
-        _replace(path, b"".join(line + b"\n" for line, _ in kept))
+        replace(path, b"".join(line + b"\n" for line, _ in kept))
     return [record for _, record in kept], len(lines) - len(kept)
 
 
@@ -232,40 +227,3 @@ def _drop_token_files(folder: Path, step: int) -> None:
         match = TOKEN_FILE.fullmatch(path.name)
         if match and int(match[1]) > step:
             path.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole: a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    arrays = {}
-    for name, values in columns.items():
-        kind = None
-        if name in _ROW_TYPES:
-            kind = pa.type_for_alias(_ROW_TYPES[name])
-        elif name in _TOKEN_TYPES:
-            kind = pa.list_(pa.type_for_alias(_TOKEN_TYPES[name]))
-        arrays[name] = pa.array([_encodable(value) for value in values], type=kind)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.table(arrays), partial, compression="zstd")
-    os.replace(partial, path)
-
-
-def _encodable(value: Any) -> Any:
-    """Half of a surrogate pair, which a tokenizer can produce, has no UTF-8: it becomes a question mark."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
-        return [_encodable(entry) for entry in value]
-    return value

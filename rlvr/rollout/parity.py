@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlvr.errors import RunError
 from rlvr.types import Reduce
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
-class EngineMismatchError(RuntimeError):
+class EngineMismatchError(RunError):
     """Engine and trainer disagree about the log-probs of the engine's own samples."""
 
 

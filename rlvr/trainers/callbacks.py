@@ -1,5 +1,6 @@
 """What happens around the training loop: run records, token samples, the progress bar."""
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
+from rlvr.errors import RunError
 from rlvr.law import fit_law
 from rlvr.monitor.recorder import Recorder
 from rlvr.monitor.records import read_evals, read_steps, rollout_points
@@ -17,6 +19,8 @@ from rlvr.types import Coefficients, Tokens
 
 if TYPE_CHECKING:
     from rlvr.trainers.policy import PolicyTrainer
+
+logger = logging.getLogger(__name__)
 
 LAW_EVERY = 10  # optimizer steps
 LAW_NUMBERS = ("a", "b", "ceiling", "ceiling_low", "ceiling_high", "r2", "r2_linear")
@@ -65,9 +69,6 @@ class RunCallback(TrainerCallback, ExportableState):
             self._recorder.record_eval(self._trainer.state.global_step, metrics, details)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # TRL counts micro-batches from 0 in every process; after a resume it would regenerate out of step with the
-        # sampler, which repeats each prompt for as many micro-batches as its rollout lasts.
-        self._trainer._step = state.global_step * args.gradient_accumulation_steps
         # A checkpoint that this callback did not write lacks its entry, which saving the next one looks up.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._trainer.start()
@@ -110,10 +111,27 @@ class RunCallback(TrainerCallback, ExportableState):
         numbers["law/holds"] = {"holds": 1.0, "not yet": 0.0, "does not hold here": -1.0}[fit.verdict]
         return {name: value for name, value in numbers.items() if value == value}
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, error: str | None = None) -> None:
         """Say in the run's records how it ended."""
         if self._recorder is not None:
-            self._recorder.finish(status)
+            self._recorder.finish(status, error)
+
+    def fail(self, error: BaseException) -> None:
+        """The same of a run that was stopped; what stopped it may stop this, too."""
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        try:
+            self.finish(status, " ".join(f"{type(error).__name__}: {error}".split()))
+        except RunError as also:
+            logger.warning("%s", also)
+
+    @property
+    def sampled(self) -> list[int]:
+        """The sequences of the rollout at hand whose tokens have been recorded."""
+        return sorted(self._seen)
+
+    @sampled.setter
+    def sampled(self, sequences: list[int]) -> None:
+        self._seen, self._sampled_step = set(sequences), self._trainer._rollout_step
 
     def _times(self) -> dict[str, float]:
         """Seconds of the step by phase, and the rates that follow. What no phase claims is the optimizer: the

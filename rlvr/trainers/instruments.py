@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -128,6 +130,17 @@ class StepMeter:
 
     def add_mismatch(self, mismatch: Mismatch) -> None:
         self._mismatch = mismatch if self._mismatch is None else self._mismatch + mismatch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the rollout at hand, as JSON."""
+        means = {name: [float(mean.total), float(mean.count)] for name, mean in self._rollout_means.items()}
+        return {"step": self._rollout_step, "metrics": self._rollout, "means": means}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the rollout of `state_dict`."""
+        self._rollout_step, self._rollout = state["step"], {k: list(v) for k, v in state["metrics"].items()}
+        number = partial(torch.tensor, dtype=torch.float64, device=self._accelerator.device)
+        self._rollout_means = {name: Mean(number(t), number(n)) for name, (t, n) in state["means"].items()}
 
     def close(self) -> StepMeasurement:
         """The step's metrics over all ranks; the meter starts anew."""

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from rlvr.errors import ConfigError, unknown
+from rlvr.errors import ConfigError, RunError, unknown
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.monitor.report import write_report
 from rlvr.monitor.summary import format_summary, summarize
@@ -22,12 +22,12 @@ from rlvr.tasks import TaskConfig, load_task
 from rlvr.trainers.adapters import choose_adapter, policy_or_adapter
 from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.policy import PolicyTrainer
-from rlvr.trainers.resume import resolve_checkpoint
+from rlvr.trainers.resume import resolve_checkpoint, restarts
 from rlvr.trainers.sft import SFTConfig, SFTTrainer, solved_rows
 
 
 def launch(config_class: type[PolicyConfig], trainer_class: type[PolicyTrainer]) -> None:
-    """Run what the command line asks for; a ConfigError is one line and exit status 1."""
+    """Run what the command line asks for; a ConfigError or a RunError is one line and exit status 1."""
     _run(lambda: train(trainer_class, *parse_arguments(config_class, sys.argv[1:])))
 
 
@@ -39,7 +39,9 @@ def launch_sft() -> None:
 def _run(job: Callable[[], None]) -> None:
     try:
         job()
-    except ConfigError as error:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # a process that left early would break the others' last words
+    except (ConfigError, RunError) as error:
         sys.exit(f"error: {error}")
     finally:
         if torch.distributed.is_initialized():
@@ -66,7 +68,7 @@ def train(
     output_dir = str(args.output_dir)
     checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
     if os.environ.get("RANK", "0") == "0":
-        check_run_dir(output_dir, resume=checkpoint is not None)
+        check_run_dir(output_dir, resume=checkpoint is not None or restarts(args.resume_from_checkpoint))
     check_model(model_config)
     choose_adapter(args, get_peft_config(model_config))
     task = load_task(task_config)
@@ -84,10 +86,10 @@ def train(
         schedule=task.schedule,
     )
     with closing(trainer):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint if checkpoint is not None else args.resume_from_checkpoint)
         if task.heldout is not None:
             trainer.evaluate()
-        trainer.save_model(f"{output_dir}/model")
+        trainer.export(f"{output_dir}/model")
         if trainer.is_world_process_zero():
             print(format_summary(summarize(output_dir)))
             print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")

@@ -10,12 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerState
 
 from rlvr.errors import ConfigError
 from rlvr.mole.model import MoleConfig, expert_layers
 from rlvr.mole.tracker import RouterTracker
-from rlvr.monitor.recorder import check_run_dir
 from rlvr.rollout.cpu_engine import CpuEngine
 from rlvr.rollout.parity import check_parity
 from rlvr.tasks.schedule import Stage
@@ -24,7 +22,6 @@ from rlvr.trainers.adapters import choose_adapter
 from rlvr.trainers.callbacks import RunCallback, use_own_progress_bar
 from rlvr.trainers.clock import PhaseClock
 from rlvr.trainers.config import PolicyConfig
-from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import (
@@ -37,7 +34,7 @@ from rlvr.trainers.engine import (
 from rlvr.trainers.head import add_token_stats, check_token_stats, require_own_passes, shards_parameters
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
-from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, saved_state
+from rlvr.trainers.resuming import ResumingTrainer
 from rlvr.trainers.router import RouterZLoss
 from rlvr.trainers.shared_prompts import require_full_attention
 from rlvr.trainers.staged import Stages
@@ -45,7 +42,7 @@ from rlvr.trainers.steering import Steering
 from rlvr.trainers.stopping import add_stop_token
 
 
-class PolicyTrainer(ControlledTrainer):
+class PolicyTrainer(ResumingTrainer):
     """The trainer of which GRPOTrainer and PPOTrainer are made; TRL's arguments, with `args` of its own config class.
 
     run_config: settings that belong into run.json beside `args`; its `task_description` is a line of the header.
@@ -98,7 +95,6 @@ class PolicyTrainer(ControlledTrainer):
         self._rollout_step = self._rollout_number = -1
         self._parity_checked = False
         self._rewards: Tensor | None = None
-        self._checkpoint: str | None = None
         self._measured = self._tool_mask = self._routes = None
         self._grad_norm = float("nan")
         policy = self.accelerator.unwrap_model(self.model)
@@ -218,7 +214,8 @@ class PolicyTrainer(ControlledTrainer):
         return grad_norm
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
-        return super()._get_train_sampler(dataset) if self._stages is None else self._stages.sampler(self)
+        self._sampler = super()._get_train_sampler(dataset) if self._stages is None else self._stages.sampler(self)
+        return self._sampler
 
     def close_step(self) -> None:
         """Reduce the step's measurements, once; runs before the optimizer moves the weights, so an alarm
@@ -246,43 +243,6 @@ class PolicyTrainer(ControlledTrainer):
         if self.model.training:
             bridge.rename_metrics(self._metrics["train"])
         super().log(logs, start_time)
-
-    # ---------------------------------------------------------------------------------------------- running
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """TRL's `train`; `resume_from_checkpoint` defaults to the config's, True or "latest" means the newest one.
-
-        A run that had already taken its last step is not trained further: its weights are loaded.
-        """
-        requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = self._checkpoint = resolve_checkpoint(str(self.args.output_dir), requested)
-        self.accelerator.wait_for_everyone()  # what the first process writes now must not be what another one finds
-        if checkpoint is not None:
-            self._check_checkpoint(checkpoint)
-        if self.is_world_process_zero() and not self.run_callback.is_open:
-            check_run_dir(str(self.args.output_dir), resume=checkpoint is not None)
-            self.run_callback.open(None if checkpoint is None else checkpoint_step(checkpoint))
-        try:
-            if checkpoint is not None:
-                self.steering.load_state_dict(saved_state(checkpoint, RunCallback.__name__))
-            if checkpoint is not None and 0 < self.args.max_steps <= checkpoint_step(checkpoint):
-                self._load_weights(checkpoint)
-                self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-                return self.run_callback.finish("finished")
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        except BaseException as error:
-            self.run_callback.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-            raise
-
-    def _check_checkpoint(self, checkpoint: str) -> None:
-        """Raises: ConfigError if this trainer cannot go on from it."""
-
-    def _load_weights(self, checkpoint: str) -> None:
-        """Of a run that is over."""
-        self._load_from_checkpoint(checkpoint)
-
-    def start(self) -> None:
-        """Training begins: model and optimizer are wrapped, and are what `self._checkpoint` holds if there is one."""
 
     def header_rows(self) -> list[tuple[str, str]]:
         """Rows of the header beside everybody's."""

@@ -6,22 +6,30 @@ from typing import Any
 
 from rlvr.errors import ConfigError
 from rlvr.monitor.records import holds_run
+from rlvr.trainers.checkpoints import STATE, checkpoint_number, complete_checkpoints
 
 NEWEST = ("true", "latest", "last")
-STATE = "trainer_state.json"
+AUTO = "auto"  # the newest, or from the start where there is none: for jobs that a cluster starts again
+
+
+def restarts(requested: str | bool | None) -> bool:
+    """Whether a run that was stopped before its first checkpoint may begin again in its output_dir."""
+    return str(requested).lower() == AUTO
 
 
 def resolve_checkpoint(output_dir: str, requested: str | bool | None) -> str | None:
     """The checkpoint's directory, or None to start anew.
 
     requested: None or False, a directory, or True / "true" / "latest" for the newest complete checkpoint in
-    `output_dir`.
+    `output_dir`; "auto" for the same, where None is no error.
     Raises: ConfigError if there is no such checkpoint, or if continuing from it would mix two runs in `output_dir`.
     """
     if requested is None or requested is False or str(requested).lower() == "false":
         return None
-    complete = _complete_checkpoints(output_dir)
-    if requested is True or str(requested).lower() in NEWEST:
+    complete = complete_checkpoints(output_dir)
+    if requested is True or str(requested).lower() in (*NEWEST, AUTO):
+        if not complete and restarts(requested):
+            return None
         if not complete:
             raise ConfigError(
                 f"resume_from_checkpoint: output_dir={output_dir!r} holds no complete checkpoint; start without the "
@@ -36,7 +44,7 @@ def resolve_checkpoint(output_dir: str, requested: str | bool | None) -> str | N
             f"resume_from_checkpoint={requested!r} is of another run than output_dir={output_dir!r} holds: "
             "choose an empty output_dir"
         )
-    later = [path.name for path in complete if _number(path) > checkpoint_step(str(checkpoint))]
+    later = [path.name for path in complete if checkpoint_number(path) > checkpoint_step(str(checkpoint))]
     if later:
         raise ConfigError(
             f"resume_from_checkpoint={requested!r}: output_dir={output_dir!r} also holds {', '.join(later)} of the "
@@ -54,12 +62,3 @@ def saved_state(checkpoint: str, callback: str) -> dict[str, Any]:
     """What a callback of this name wrote into the checkpoint by its `state`; empty if it wrote nothing."""
     saved = json.loads((Path(checkpoint) / STATE).read_text()).get("stateful_callbacks") or {}
     return dict(saved.get(callback, {}).get("attributes", {}))
-
-
-def _complete_checkpoints(output_dir: str) -> list[Path]:
-    """Oldest first. The trainer's state is written last, so a checkpoint without it was torn by a kill."""
-    return sorted((path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE}")), key=_number)
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

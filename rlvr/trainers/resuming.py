@@ -1,0 +1,190 @@
+"""Checkpoints that are whole, and runs that go on from one as if they had never been stopped."""
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState
+
+from rlvr.errors import ConfigError, RunError
+from rlvr.monitor.recorder import check_run_dir
+from rlvr.monitor.records import holds_run
+from rlvr.trainers.batch_files import read_batches, write_batches
+from rlvr.trainers.callbacks import RunCallback
+from rlvr.trainers.checkpoints import STATE, clear_aside, commit, complete_checkpoints, rotate
+from rlvr.trainers.controlled import ControlledTrainer
+from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, restarts, saved_state
+
+
+class ResumingTrainer(ControlledTrainer):
+    """TRL's trainer, which loses nothing that a checkpoint has seen.
+
+    Beside what transformers saves (weights, optimizer, schedule, random numbers, the place in the data), a checkpoint
+    holds what controls, thermostat and alarm have reached, and the rest of the rollout that it falls into.
+    """
+
+    run_callback: RunCallback
+    _aside: str | None = None  # where a checkpoint is being written
+    _saved_step = -1
+    _checkpoint: str | None = None  # that the run goes on from
+    _sampler: Any = None  # of the training prompts
+
+    # ---------------------------------------------------------------------------------------------- writing
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else self._aside
+
+    def _push_from_checkpoint(self, output_dir: str) -> None:
+        if self._aside is None:  # else it is not there yet
+            super()._push_from_checkpoint(output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if self._saved_step == step:
+            return
+        final = Path(super()._get_output_dir(trial), f"checkpoint-{step}")
+
+        def write(folder: Path) -> None:
+            self._aside = str(folder.parent)
+            try:
+                super(ResumingTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            if not self.args.save_only_model:
+                self._save_rollout(folder)
+            if self.args.should_save and self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(folder / STATE))
+
+        self._write_whole(final, write)
+        self._saved_step = step
+        if self.args.should_save:
+            rotate(final.parent, self.args.save_total_limit, [self.state.best_model_checkpoint])
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def export(self, folder: str) -> None:
+        """`save_model`, of which a kill leaves all or nothing."""
+        self._write_whole(Path(folder), lambda written: self.save_model(str(written)))
+
+    def _write_whole(self, final: Path, write: Callable[[Path], None]) -> None:
+        """Let every rank write into one folder, then give it its name. Raises: RunError if that is impossible."""
+        try:
+            written = final.parent / ".partial" / final.name
+            if self.args.should_save:
+                clear_aside(final.parent)
+            self.accelerator.wait_for_everyone()
+            write(written)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                commit(written, final)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_local_main_process and written.exists():  # of a machine with a disk of its own
+                commit(written, final)
+        except Exception as error:
+            if self.args.should_save:
+                clear_aside(final.parent)
+            complete = complete_checkpoints(final.parent)
+            left = f"{complete[-1].name} is whole: resume from it" if complete else "there is no earlier one"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise RunError(f"{str(final)!r} could not be written ({reason}); {left} once that is repaired") from error
+
+    # ---------------------------------------------------------------------------------------------- the rollout
+
+    @property
+    def _micro_batches_per_rollout(self) -> int:
+        return int(self.args.steps_per_generation * self.num_iterations)
+
+    def _rollout_file(self, folder: str | Path) -> Path:
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return Path(folder, f"rollout-{rank}-of-{ranks}.safetensors")
+
+    def _save_rollout(self, folder: Path) -> None:
+        """What is left to train on of the rollout at hand; images are not kept, such a rollout is made anew."""
+        if self._step % self._micro_batches_per_rollout == 0 or self._buffered_inputs is None or self._is_vlm:
+            return
+        state = {
+            "rollout_step": self._rollout_step,
+            "rollout_number": self._rollout_number,
+            "meter": self.meter.state_dict(),
+            "sampled": self.run_callback.sampled,
+        }
+        write_batches(self._rollout_file(folder), self._buffered_inputs, state)
+
+    def _restore_rollout(self, checkpoint: str) -> None:
+        if self._step % self._micro_batches_per_rollout == 0:
+            return
+        path = self._rollout_file(checkpoint)
+        shape = (self.args.steps_per_generation, self.args.per_device_train_batch_size)
+        batches, state = read_batches(path, self.accelerator.device) if path.is_file() else ([], {})
+        if not batches or (len(batches), len(batches[0]["prompt_ids"])) != shape:
+            warnings.warn(
+                f"{checkpoint!r} falls into a rollout that it does not hold for this run (batch sizes or the number "
+                "of processes have changed, or it is of save_only_model): the rollout is made anew",
+                stacklevel=2,
+            )
+            return
+        self._buffered_inputs = batches
+        self._rollout_step, self._rollout_number = state["rollout_step"], state["rollout_number"]
+        self.meter.load_state_dict(state["meter"])
+        self.run_callback.sampled = state["sampled"]
+
+    # ---------------------------------------------------------------------------------------------- going on
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """TRL's `train`; `resume_from_checkpoint` defaults to the config's, True or "latest" means the newest one,
+        "auto" the newest one if there is any.
+
+        A run that had already taken its last step is not trained further: its weights are loaded.
+        """
+        output_dir = str(self.args.output_dir)
+        requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = self._checkpoint = resolve_checkpoint(output_dir, requested)
+        self.accelerator.wait_for_everyone()  # what the first process writes now must not be what another one finds
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+        if self.is_world_process_zero() and not self.run_callback.is_open:
+            again = restarts(requested) and holds_run(output_dir)
+            check_run_dir(output_dir, resume=checkpoint is not None or again)
+            self.run_callback.open(checkpoint_step(checkpoint) if checkpoint is not None else 0 if again else None)
+        try:
+            if checkpoint is not None:
+                self.steering.load_state_dict(saved_state(checkpoint, RunCallback.__name__))
+            if checkpoint is not None and 0 < self.args.max_steps <= checkpoint_step(checkpoint):
+                self._load_weights(checkpoint)
+                self.state = TrainerState.load_from_json(f"{checkpoint}/{STATE}")
+                return self.run_callback.finish("finished")
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except BaseException as error:
+            self.run_callback.fail(error)
+            raise
+
+    def start(self) -> None:
+        """Training begins: model and optimizer are wrapped, and are what `self._checkpoint` holds if there is one.
+
+        TRL counts micro-batches from 0 in every process, and its sampler begins with the first epoch's order.
+        """
+        if self._checkpoint is None:
+            return
+        batches, accumulated = len(self.callback_handler.train_dataloader), self.args.gradient_accumulation_steps
+        epochs, steps = divmod(self.state.global_step, max(1, math.ceil(batches / accumulated)))
+        self._step = epochs * batches + steps * accumulated
+        generator = getattr(self._sampler, "generator", None)
+        for _ in range(epochs if generator is not None else 0):
+            torch.randperm(len(self._sampler.data_source), generator=generator)
+        self._restore_rollout(self._checkpoint)
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        """Raises: ConfigError if this trainer cannot go on from it."""
+        if self.args.sync_ref_model:
+            raise ConfigError(
+                f"resume_from_checkpoint={checkpoint!r} does not hold the reference policy that sync_ref_model=true "
+                "has moved: start a new run from the checkpoint's weights, or unset sync_ref_model"
+            )
+
+    def _load_weights(self, checkpoint: str) -> None:
+        """Of a run that is over."""
+        self._load_from_checkpoint(checkpoint)

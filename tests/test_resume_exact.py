@@ -1,0 +1,119 @@
+"""A run that is killed and resumed is, bit for bit, the run that was not: kill -9 at any moment, real processes, real
+sampling.
+"""
+
+import multiprocessing
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resume_run
+import torch
+from safetensors.torch import load_file
+
+from rlvr.monitor.records import read_run, read_steps, read_tokens, token_steps
+from rlvr.trainers.checkpoints import complete_checkpoints
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["resume_run"])  # each run is a fork of a process that has only imported things
+
+# Checkpoints fall within rollouts (of 4 steps, two passes of two), within epochs (of 20) and at their ends.
+SETTINGS: dict[str, Any] = {
+    "controls": [
+        {"name": "clip_cov", "fraction": 0.1, "low": 0.01, "high": 50.0},
+        {"name": "kl_cov", "fraction": 0.1},
+    ],
+    "thermostat": {"lever": "kl_cov.coef", "low": 1e-3, "high": 1e-2, "lowest": 0.0, "highest": 5.0},
+    "surrogate": "unclipped",
+    "num_iterations": 2,
+    "steps_per_generation": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 24,
+    "save_steps": 5,
+    "save_total_limit": 1,
+}
+
+MORE = [
+    ("scoring", 3),
+    ("before the optimizer steps", 17),
+    ("weights written", 2),
+    ("checkpoint written", 25),
+    ("checkpoint named", 2),
+    ("recording", 13),
+]
+
+
+def run(kind: str, model_dir: Path, out: Path, settings: dict[str, Any], *kill: Any) -> int:
+    process = PROCESSES.Process(target=resume_run.train, args=(kind, str(model_dir), str(out), settings, *kill))
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    for kind in ("grpo", "ppo"):
+        assert run(kind, tiny_model_dir, out / kind, SETTINGS) == 0
+    return {kind: out / kind for kind in ("grpo", "ppo")}
+
+
+def recorded(out: Path) -> list[dict[str, Any]]:
+    """All that was recorded of each step, but for times."""
+    found = []
+    for record in read_steps(out):
+        metrics = {name: x for name, x in record["metrics"].items() if not name.startswith("time/")}
+        found.append({**record, "time": None, "metrics": metrics})
+    return found
+
+
+def assert_same_run(out: Path, other: Path) -> None:
+    for a, b in zip(recorded(out), recorded(other), strict=True):
+        assert a == b
+    assert token_steps(out) == token_steps(other)
+    for step in token_steps(out):
+        assert read_tokens(out, step) == read_tokens(other, step)
+    for path in Path(other, "model").rglob("*.safetensors"):
+        mine, theirs = load_file(out / path.relative_to(other)), load_file(path)
+        assert mine.keys() == theirs.keys()
+        for name, x in mine.items():
+            assert torch.equal(x, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("moment", "at"),
+    [
+        ("generating", 23),
+        ("scoring", 1),  # before there is a checkpoint
+        ("accumulating", 27),
+        ("optimizer written", 4),
+        ("deleting an old one", 2),
+        *(pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE),
+    ],
+)
+def test_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(
+    moment: str, at: int, tiny_model_dir: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    assert run("grpo", tiny_model_dir, tmp_path, SETTINGS, moment, at) == -signal.SIGKILL
+    stopped = len(read_steps(tmp_path))
+    assert stopped < 24
+    complete = complete_checkpoints(tmp_path)
+    assert len(complete) >= min(1, stopped // 6)  # at most one that was being written is lost
+    assert run("grpo", tiny_model_dir, tmp_path, SETTINGS) == 0
+    assert [entry["step"] for entry in read_run(tmp_path)["resumed"]] == [
+        int(complete[-1].name.partition("-")[2]) if complete else 0
+    ]
+    assert_same_run(tmp_path, uninterrupted["grpo"])
+
+
+def test_run_killed_again_and_again_is_the_same(
+    tiny_model_dir: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    kills = [("accumulating", 14), ("optimizer written", 1), ("generating", 9), ("deleting an old one", 1)]
+    for kill in kills:
+        assert run("ppo", tiny_model_dir, tmp_path, SETTINGS, *kill) == -signal.SIGKILL
+    assert run("ppo", tiny_model_dir, tmp_path, SETTINGS) == 0
+    assert len(read_run(tmp_path)["resumed"]) == len(kills)
+    assert_same_run(tmp_path, uninterrupted["ppo"])
