@@ -55,7 +55,7 @@ class VerifierReward:
     ) -> list[float | None]:
         """One reward per completion, None where the verifier failed. `columns` are the dataset's, one value per row.
 
-        Raises: KeyError for a column that is missing; RuntimeError when the verifier cannot start at all.
+        Raises: KeyError for a column that is missing; ConfigError when the verifier cannot start at all.
         """
         missing = [name for name in self.columns if name not in columns]
         if missing:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rlvr.alarm import steps_outside
+
 
 @dataclass(frozen=True, slots=True)
 class ThermostatState:
@@ -107,8 +109,7 @@ class Thermostat:
         elif error < 0:
             integral = max(integral, min(state.integral, lower - self.gain * error))
         wanted = integral + self.gain * error
-        side = (error < 0) - (error > 0)
-        outside = side * (1 + (abs(state.outside) if state.outside * side > 0 else 0))
+        outside = steps_outside(state.outside, entropy, self.low, self.high)
         return ThermostatState(min(max(wanted, lower), upper), integral, outside)
 
     def alarm(self, state: ThermostatState, entropy: float) -> str | None:

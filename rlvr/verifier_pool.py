@@ -1,30 +1,31 @@
 """A pool of killable verifier processes.
 
 A verifier may hang inside C code, call os._exit, or run out of memory; alarms work on the main thread only. So each
-completion is judged in a process that can be killed, and what went wrong is counted instead of being scored 0.
+completion is judged in a process that can be killed, inside a fence, and what went wrong is counted instead of being
+scored 0. A row whose judging ends its process is not tried again: it would end the next one, too.
 """
 
 import contextlib
 import logging
 import os
 import selectors
-import signal
 import subprocess
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rlvr.child_process import child_command, pack, unpack
+from rlvr.child_process import pack
+from rlvr.errors import ConfigError
+from rlvr.verifier_fence import Limits, ending
+from rlvr.verifier_process import START_SECONDS, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 180.0  # to import a verifier; a busy machine is slow, and this is not the time limit of an item
 MAX_FAILED_STARTS = 3
-_READ_SIZE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,91 +37,31 @@ class Verdict:
     message: str = ""
 
 
-class _Worker:
-    """One subprocess with at most one row in flight. Its pipes never block the trainer."""
-
-    def __init__(self, setup: bytes):
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        self.process = subprocess.Popen(
-            child_command("rlvr.verifier_worker:main"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-            start_new_session=True,  # a process group of its own: killed with its children, deaf to Ctrl-C
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.input, self.output = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.input, False)
-        os.set_blocking(self.output, False)
-        self.ready = False
-        self.item: int | None = None
-        self.deadline = time.monotonic() + START_SECONDS
-        self._inbox = bytearray()
-        self._outbox = setup
-        self.flush()
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and self.item is None
-
-    @property
-    def unsent(self) -> bool:
-        return bool(self._outbox)
-
-    def give(self, item: int, message: bytes, timeout: float) -> None:
-        """Start row number `item`; its clock of `timeout` seconds starts now."""
-        self.item, self.deadline, self._outbox = item, time.monotonic() + timeout, message
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what the pipe takes. A broken pipe is left for `receive` to notice."""
-        try:
-            while self._outbox:
-                self._outbox = self._outbox[os.write(self.input, self._outbox) :]
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            self._outbox = b""
-
-    def receive(self) -> dict[str, Any] | None:
-        """The next complete message, or None if there is none yet. Raises EOFError when the process has gone."""
-        try:
-            chunk = os.read(self.output, _READ_SIZE)
-        except BlockingIOError:
-            return unpack(self._inbox)
-        if not chunk:
-            raise EOFError
-        self._inbox += chunk
-        return unpack(self._inbox)
-
-    def kill(self) -> int:
-        """Kill the process with its children and reap it; its exit code, minus the signal if it died of one."""
-        if self.process.returncode is None:  # not reaped: its id, and so its group's, is still its own
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        code = self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
-        return code
-
-
 class VerifierPool:
     """Judges rows in `workers` subprocesses, `timeout` seconds of wall clock per row.
 
     verify: "math_verify", "reasoning_gym" or "module:function"; kwargs: arguments of a built-in verifier.
+    limits: of each worker.
     Workers start at the first call to `score`, persist, and are replaced when they hang or die. Safe to call from
     any thread (calls take turns); each rank of a distributed run has a pool of its own.
-    Raises: RuntimeError from `score` when workers repeatedly cannot start.
+    Raises: ConfigError from `score` when workers repeatedly cannot start.
     """
 
-    def __init__(self, verify: str, workers: int = 4, timeout: float = 10.0, kwargs: Mapping[str, Any] | None = None):
-        self.verify, self.workers, self.timeout = verify, workers, timeout
+    def __init__(
+        self,
+        verify: str,
+        workers: int = 4,
+        timeout: float = 10.0,
+        kwargs: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+    ):
+        self.verify, self.workers, self.timeout, self.limits = verify, workers, timeout, limits or Limits()
         self._kwargs = dict(kwargs or {})
-        self._pool: list[_Worker] = []
+        self._pool: list[WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
+        self._pending: deque[int] = deque()  # rows of the call at hand
+        self._retried: set[int] = set()
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop, self._pool, os.getpid())
 
@@ -128,8 +69,12 @@ class VerifierPool:
         """One verdict per row, in order. A row holds `completion` and `answer` (str) and what else JSON can hold."""
         with self._lock:
             verdicts: list[Verdict | None] = [None] * len(rows)
-            pending = deque(range(len(rows)))
+            pending = self._pending = deque(range(len(rows)))
+            self._retried = set()
             try:
+                # Who died since the last call is replaced before it gets a row.
+                for key, _ in self._selector.select(0):
+                    self._read(key.data, verdicts)
                 while pending or any(worker.item is not None for worker in self._pool):
                     while len(self._pool) < min(self.workers, len(rows)):
                         self._start()
@@ -155,11 +100,12 @@ class VerifierPool:
         _stop(self._pool, os.getpid())
 
     def _start(self) -> None:
-        worker = _Worker(pack({"verify": self.verify, "kwargs": self._kwargs, "parent": os.getpid()}))
+        setup = {"verify": self.verify, "kwargs": self._kwargs, "parent": os.getpid(), "limits": asdict(self.limits)}
+        worker = WorkerProcess(pack(setup), self.limits.variables())
         self._pool.append(worker)
         self._selector.register(worker.output, selectors.EVENT_READ, worker)
 
-    def _retire(self, worker: _Worker) -> int:
+    def _retire(self, worker: WorkerProcess) -> int:
         """Kill a worker and start its successor, which imports the verifier while the others go on."""
         self._selector.unregister(worker.output)
         self._pool.remove(worker)
@@ -169,7 +115,7 @@ class VerifierPool:
 
     def _assign(
         self,
-        worker: _Worker,
+        worker: WorkerProcess,
         pending: deque[int],
         rows: Sequence[Mapping[str, Any]],
         verdicts: list[Verdict | None],
@@ -204,39 +150,56 @@ class VerifierPool:
             verdicts[worker.item] = Verdict(None, "timeout", f"TimeoutError: no verdict after {self.timeout:g} s")
             self._retire(worker)
 
-    def _read(self, worker: _Worker, verdicts: list[Verdict | None]) -> None:
+    def _read(self, worker: WorkerProcess, verdicts: list[Verdict | None]) -> None:
+        """Deal with what a worker has sent."""
         try:
             message = worker.receive()
-        except EOFError:
-            item = worker.item
-            if not worker.ready:
-                self._start_failed(worker, "died while it started")
+        except EOFError:  # its guard died
+            self._ended(worker, "", verdicts)
+        except ValueError as error:
+            self._ended(worker, f"a reply that cannot be read ({error})", verdicts)
+        else:
+            if message is None:
                 return
-            code = self._retire(worker)
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            if item is not None:
-                verdicts[item] = Verdict(None, "error", f"WorkerDied: the verifier's process ended with {how}")
-            return
-        if message is None:
-            return
-        if "fatal" in message:
-            self._start_failed(worker, message["fatal"])
-        elif "ready" in message:
-            worker.ready, self._failed_starts = True, 0
-        elif worker.item is not None:
-            error = message.get("error", "")
-            verdicts[worker.item] = Verdict(message.get("value"), "error" if error else None, error)
-            worker.item = None
+            if "ended" in message:
+                self._ended(worker, message["ended"], verdicts)
+            elif "fatal" in message:
+                self._start_failed(worker, message["fatal"])
+            elif "ready" in message:
+                worker.ready, self._failed_starts = True, 0
+            elif worker.item is not None:
+                said = message.get("error", "")
+                verdicts[worker.item] = Verdict(message.get("value"), "error" if said else None, said)
+                worker.item = None
+                if said.startswith("MemoryError"):  # what filled its memory may still be there
+                    self._retire(worker)
 
-    def _start_failed(self, worker: _Worker, reason: str) -> None:
+    def _ended(self, worker: WorkerProcess, how: str, verdicts: list[Verdict | None]) -> None:
+        """how: "" where nobody can say. Its row is tried once more: it may have been killed for another's memory."""
+        item = worker.item
+        if not worker.ready:
+            self._start_failed(worker, f"it ended with {how or 'no word'} while it started")
+            return
+        code = self._retire(worker)
+        if item is not None and item not in self._retried:
+            self._retried.add(item)
+            self._pending.append(item)
+        elif item is not None:
+            what = f"the verifier's process ended with {how or ending(code)}"
+            verdicts[item] = Verdict(None, "error", f"WorkerDied: {what}")
+
+    def _start_failed(self, worker: WorkerProcess, reason: str) -> None:
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
-            raise RuntimeError(f"verifier {self.verify!r} cannot start in a worker process: {reason}")
+            raise ConfigError(
+                f"reward={self.verify!r} cannot start in a worker process: {' '.join(reason.split())}; there it has "
+                "the limits of verifier_limits, and of your environment what verifier_limits.environment lists"
+            )
         logger.warning("a worker of verifier %r did not start and is replaced: %s", self.verify, reason)
         self._retire(worker)
 
 
-def _stop(pool: list[_Worker], owner: int) -> None:
+def _stop(pool: list[WorkerProcess], owner: int) -> None:
     """Let idle workers leave by themselves for a moment, then kill what is left. A forked copy leaves them alone."""
     if os.getpid() != owner:
         return

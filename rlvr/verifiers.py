@@ -1,26 +1,31 @@
 """Verifiers: functions (completion, answer, **row) -> score. They run in the workers of a VerifierPool, never here.
 
-None of them limits its own time: the pool kills a worker that takes too long. A verifier that cannot judge raises;
-it never returns 0 for "I do not know".
+None of them limits its own time or memory: the pool does. A verifier that cannot judge raises; it never returns 0 for
+"I do not know".
 """
 
+import contextlib
 import importlib
 import inspect
 import json
 import logging
+import os
 import re
-import resource
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from rlvr.child_process import import_path
 from rlvr.errors import ConfigError
 
 Verify = Callable[..., Any]
 
-BUILTIN_MEMORY = 8 << 30  # bytes of address space: 9**9**9 must not take the training's memory before its time is up
+OUTPUT = 1 << 20  # bytes of a program's output that a verifier is shown
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
@@ -212,20 +217,44 @@ def build_verifier(name: str, kwargs: dict[str, Any]) -> Verify:
     """A verifier by built-in name and keyword arguments, or by `module:function` (which takes none)."""
     if name == "by_domain":
         return verifier_by_domain(**kwargs)
-    return _capped(BUILTIN[name](**kwargs)) if name in BUILTIN else import_verifier(name)
+    return BUILTIN[name](**kwargs) if name in BUILTIN else import_verifier(name)
 
 
-def _capped(verify: Verify) -> Verify:
-    """`verify` in at most BUILTIN_MEMORY bytes of address space, or the process's hard limit where that is lower."""
+def run_program(
+    source: str, stdin: str = "", timeout: float = 5.0, command: Sequence[str] = (sys.executable, "-I")
+) -> "subprocess.CompletedProcess[str]":
+    """What a program printed and how it ended: for verifiers of code, whose limits hold for the program, too.
 
-    def judge(completion: str, answer: str, **row: Any) -> float:
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        cap = BUILTIN_MEMORY if hard == resource.RLIM_INFINITY else min(BUILTIN_MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (cap, hard))
+    It runs in a folder and a session of its own, which end with it. One that takes more than `timeout` seconds ends
+    with -9 (SIGKILL), so it failed like any other; a verifier's own time must be longer than its programs' together.
+    command: what is given the file; a sandbox goes here, e.g. ("bwrap", ..., "python3").
+    Returns: at most OUTPUT bytes of stdout and of stderr.   Raises: OSError if `command` cannot be started.
+    """
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as out,  # not pipes: their readers would hold what a flood writes
+        tempfile.TemporaryFile() as err,
+    ):
+        path = Path(folder, "program")
+        path.write_bytes(source.encode(errors="replace"))
+        given.write(stdin.encode(errors="replace"))
+        given.seek(0)
+        started = subprocess.Popen(
+            [*command, str(path)], cwd=folder, stdin=given, stdout=out, stderr=err, start_new_session=True
+        )
         try:
-            score: float = verify(completion, answer, **row)
+            started.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        return score
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+            code = started.wait()
+        said = [_start_of(stream) for stream in (out, err)]
+    return subprocess.CompletedProcess(started.args, code, *said)
 
-    return judge
+
+def _start_of(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read(OUTPUT).decode(errors="replace")

@@ -1,9 +1,14 @@
 """A training run that may be killed at a named moment; started by test_resume_exact.py in a process of its own."""
 
+import itertools
+import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +122,19 @@ def while_deleting(one: Any, at: int) -> None:
     checkpoints.shutil.rmtree = rmtree
 
 
+def disk_full(name: str, room: int) -> Any:
+    """From the `at`th call of a method on, no file may grow beyond `room` bytes: a real error of the kernel."""
+
+    def arm(one: Any, at: int) -> None:
+        def fill() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+        method, calls = getattr(one, name), itertools.count(1)
+        setattr(one, name, lambda *a, **k: (fill() if next(calls) == at else None, method(*a, **k))[1])
+
+    return arm
+
+
 MOMENTS = {
     "generating": while_generating,
     "scoring": method("_calculate_rewards", after=True),
@@ -128,4 +146,28 @@ MOMENTS = {
     "checkpoint named": in_module(resuming, "rotate"),
     "deleting an old one": while_deleting,
     "recording": in_module(files.os, "fsync"),
+    "disk full for a checkpoint": disk_full("_save_checkpoint", 50_000),  # of 100 kB and more
+    "disk full for its optimizer": disk_full("_save_optimizer_and_scheduler", 150_000),
+    "disk full for records": disk_full("_compute_loss", 2_000),
 }
+
+
+def main(kind: str, model_dir: str, out: str, settings: str, rank: str, moment: str, at: str) -> None:
+    """`train` as one of several processes; one of them, `rank`, meets the moment. `poison`: NaN in its loss then."""
+    torch.set_num_threads(1)
+    one = trainer(kind, model_dir, out, **json.loads(settings))
+    mine = one.accelerator.process_index == int(rank)
+    if moment == "poison":
+        compute = one._compute_loss
+        factor = lambda: math.nan if mine and one.state.global_step + 1 == int(at) else 1.0  # noqa: E731
+        one._compute_loss = lambda *arguments: compute(*arguments) * factor()
+    elif moment and mine:
+        MOMENTS[moment](one, int(at))
+    one.train(resume_from_checkpoint="auto")
+    one.export(f"{out}/model")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

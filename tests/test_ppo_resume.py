@@ -61,14 +61,25 @@ def timeless(entry: dict[str, float]) -> dict[str, float]:
     return {name: x for name, x in entry.items() if not name.startswith("time/")}
 
 
-def test_a_run_stopped_within_a_rollout_makes_it_anew(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Of the same prompts, valued by the critic of the checkpoint; then it goes on with the next ones."""
+def test_a_run_stopped_within_a_rollout_goes_on_with_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """And where the checkpoint holds none for it, makes one anew of the same prompts, valued by the checkpoint's
+    critic.
+    """
     whole = run(tiny_model_dir, tmp_path / "whole", save_steps=3)
     prompts = rollouts(whole)
     whole.train()
     resumed = run(tiny_model_dir, tmp_path / "resumed", save_steps=3)
     seen, start = rollouts(resumed), tmp_path / "whole/checkpoint-3/critic"
     resumed.train(resume_from_checkpoint=str(start.parent))
+    assert torch.equal(seen[0]["prompt_ids"], prompts[2]["prompt_ids"]) and len(seen) == 1
+    for a, b in zip(history(resumed), history(whole), strict=True):
+        assert timeless(a) == timeless(b)
+
+    (start.parent / "rollout-0-of-1.safetensors").unlink()
+    resumed = run(tiny_model_dir, tmp_path / "anew", save_steps=3)
+    seen = rollouts(resumed)
+    with pytest.warns(UserWarning, match="falls into a rollout that it does not hold"):
+        resumed.train(resume_from_checkpoint=str(start.parent))
     assert [entry["step"] for entry in history(resumed)] == [1, 2, 3, 4, 5, 6]
     for again, before in zip(seen, prompts[1:], strict=True):
         assert torch.equal(again["prompt_ids"], before["prompt_ids"])

@@ -53,21 +53,30 @@ LAUNCHES = {
 }
 
 
-def run_script(name: str, launched: str | None, *arguments: str) -> None:
-    """Run a script of this folder to its end. launched: of LAUNCHES, None for one process."""
+def start_script(name: str, launched: str | None, *arguments: str) -> "subprocess.Popen[str]":
+    """A script of this folder. launched: of LAUNCHES, None for one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port), *LAUNCHES.get(launched or "", [])]
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *(launch if launched else []), str(ROOT / "tests" / name), *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/tests"},
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_script(name: str, launched: str | None, *arguments: str) -> None:
+    """The same, to its end."""
+    process = start_script(name, launched, *arguments)
+    try:
+        _, errors = process.communicate(timeout=280)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-4000:]
 
 
 def run(launched: str | None, model_dir: Path, out: Path, **settings: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlvr.monitor.records import read_run, read_steps, read_tokens, token_steps
-from rlvr.trainers.checkpoints import complete_checkpoints
+from rlvr.trainers.checkpoints import ASIDE, complete_checkpoints
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["resume_run"])  # each run is a fork of a process that has only imported things
@@ -105,6 +105,26 @@ def test_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(
     assert [entry["step"] for entry in read_run(tmp_path)["resumed"]] == [
         int(complete[-1].name.partition("-")[2]) if complete else 0
     ]
+    assert_same_run(tmp_path, uninterrupted["grpo"])
+
+
+@pytest.mark.parametrize(
+    ("moment", "at", "told"),
+    [
+        ("disk full for a checkpoint", 2, "'checkpoint-10' could not be written"),
+        ("disk full for its optimizer", 3, "checkpoint-15"),
+        ("disk full for records", 15, "steps.jsonl"),
+    ],
+)
+def test_run_stops_on_a_full_disk_and_loses_nothing(
+    moment: str, at: int, told: str, tiny_model_dir: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    assert run("grpo", tiny_model_dir, tmp_path, SETTINGS, moment, at) == 1
+    steps = [record["step"] for record in read_steps(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 24
+    assert not list(tmp_path.glob(f"{ASIDE}/*"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [path.name for path in complete_checkpoints(tmp_path)]
+    assert run("grpo", tiny_model_dir, tmp_path, SETTINGS) == 0
     assert_same_run(tmp_path, uninterrupted["grpo"])
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlvr.child_process import child_command, pack, unpack
+from rlvr.errors import ConfigError
 from rlvr.rewards import VerifierReward, completion_text
 from rlvr.verifier_pool import Verdict, VerifierPool
 
@@ -167,7 +168,7 @@ def test_pool_worker_is_light(module_path: Path) -> None:
 
 def test_pool_that_cannot_start_raises_with_the_reason() -> None:
     pool = VerifierPool("no_such_module_anywhere:verify", workers=1)
-    with pytest.raises(RuntimeError, match="no_such_module_anywhere"):
+    with pytest.raises(ConfigError, match=r"reward='no_such_module_anywhere:verify' cannot start .*verifier_limits"):
         pool.score([row("a")])
     assert pool._pool == []
 

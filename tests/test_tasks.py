@@ -229,7 +229,7 @@ def test_own_reward_gets_the_row_and_its_columns_are_checked(tmp_path: Path, mon
         (numbered(3), {"prompt_column": "text"}, "prompt_column='text' is not a column; columns present: question"),
         (numbered(3), {"answer_column": "a.b"}, "answer_column='a.b' is not a column"),
         ([*numbered(3), {"question": "x", "answer": None}, {"question": "y", "answer": " "}], {},
-         "answer_column='answer' is empty in 2 of 5 rows, the first is row 3"),
+         "answer_column='answer' is empty in 2 of 5 rows, the first is row 4 of '.*rows.jsonl'"),
         ([*numbered(2), {"question": "", "answer": "1"}], {}, "prompt_column='question' is empty in 1 of 3 rows"),
         (numbered(5), {"heldout_size": 5}, "needs 6 distinct problems, .*has 5: lower heldout_size or num_shots"),
         (numbered(5), {"heldout_size": 2, "train_size": 4}, "train_size=4 .*train_size can be 3 at most"),

@@ -162,6 +162,7 @@ _ROWS: dict[str, Metric] = {
     "token_budget/filled": Metric("ratio", "tokens kept over the token budget", "1; below it the batch is too small"),
     "token_budget/kept": Metric("fraction", "share of the step's tokens that fit into the token budget"),
     # thermostat: the controller that holds entropy in a band
+    "entropy/outside": Metric("steps", "steps in a row beyond the entropy alarm's limits, negative below", "0"),
     "thermostat/outside": Metric("steps", "steps in a row with entropy outside the band, negative below it", "0"),
     "thermostat/position": Metric("1", "where the lever stands: 0 leaves least entropy, 1 most", "inside (0, 1)"),
     "thermostat/value": Metric("1", "the hyper-parameter that the thermostat moves"),
@@ -203,6 +204,7 @@ _ROWS: dict[str, Metric] = {
     "time/verify": Metric("s", "waiting for the verifiers"),
     # optim
     "optim/grad_norm": Metric("1", "norm of the gradient before clipping", "steady; spikes precede collapse"),
+    "optim/skipped": Metric("1", "1 where the step was skipped: its loss or gradient is not finite", "0"),
     "optim/learning_rate": Metric("1", "learning rate of the step"),
     # heldout: evaluations, recorded in evals.jsonl
     **{

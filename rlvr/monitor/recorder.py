@@ -79,11 +79,13 @@ class Recorder:
         metrics: Mapping[str, SupportsFloat],
         entropy_by_position: Mapping[str, Sequence[float]] | None = None,
         routers: Mapping[str, Any] | None = None,
+        alerts: Sequence[str] = (),
     ) -> None:
         """Append the record of one optimizer step, counted from 1.
 
         metrics: globally reduced numbers.   entropy_by_position: "edges", "mean" and "count" of bins of positions.
         routers: of a mixture of LoRA experts, by layer and by position, see `rlvr.monitor.records`.
+        alerts: what a person should know of the step, as sentences.
 
         Raises: ConfigError for a metric that METRICS does not name, ValueError for a step that is already recorded.
         """
@@ -98,6 +100,8 @@ class Recorder:
             record["entropy_by_position"] = _plain(entropy_by_position)
         if routers:
             record["routers"] = _plain(routers)
+        if alerts:
+            record["alerts"] = list(alerts)
         self._append(STEPS, record)
 
     def record_eval(

@@ -75,6 +75,7 @@ class Summary:
     verifier: dict[str, float]
     phases: tuple[Phase, ...]
     non_finite: dict[str, int]
+    skipped: int  # optimizer steps whose loss or gradient was not finite
 
 
 def summarize(run_dir: str | Path) -> Summary:
@@ -111,6 +112,7 @@ def summarize(run_dir: str | Path) -> Summary:
         verifier=_measured({name: _mean(series(steps, name)[1]) for name in VERIFIER}),
         phases=_phases(steps),
         non_finite=_non_finite(steps),
+        skipped=int(sum(series(steps, "optim/skipped")[1])),
     )
 
 
@@ -127,6 +129,10 @@ def format_summary(summary: Summary) -> str:
         names = sorted(summary.non_finite, key=lambda name: -summary.non_finite[name])
         found = ", ".join(f"{name} in {summary.non_finite[name]} steps" for name in names[:3])
         rows += ["", f"WARNING  not finite: {found}" + (f", {len(names) - 3} more" if len(names) > 3 else "")]
+    if summary.skipped:
+        rows.append(
+            f"WARNING  {summary.skipped} step{'s' * (summary.skipped > 1)} skipped, see {summary.run_dir}/skipped"
+        )
     return "\n".join(rows)
 
 

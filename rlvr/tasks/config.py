@@ -9,6 +9,7 @@ from typing import Any
 from rlvr.errors import ConfigError, unknown
 from rlvr.tasks.names import gym_config_class, resolve
 from rlvr.tasks.schedule import Entries, Stage, parse_stages
+from rlvr.verifier_fence import Limits
 from rlvr.verifiers import import_verifier
 
 TEMPLATE_FIELDS = {"prompt_template": "question", "answer_template": "answer"}
@@ -101,9 +102,19 @@ class TaskConfig:
     verifier_workers: int = field(
         default=4, metadata={"help": "Verifier processes per rank, whatever the number of tasks."}
     )
+    verifier_limits: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What a verifier process may take, as JSON or YAML; by default {memory_gib: 8, file_mib: 64, "
+            "processes: 64, environment: []}. null is no limit; environment lists the variables that a verifier sees. "
+            "A fence, not a sandbox: docs/security.md."
+        },
+    )
 
     def __post_init__(self) -> None:
-        self.task_kwargs = self._parsed_kwargs()
+        self.task_kwargs = self._mapping("task_kwargs", '{"max_terms": 2}')
+        self.verifier_limits = self._mapping("verifier_limits", '{"memory_gib": 16}')
+        self.limits = Limits.parse(self.verifier_limits)
         self._check_numbers()
         self._check_templates()
         self.schedule: tuple[Stage, ...] = () if self.stages is None else self._parsed_stages()
@@ -138,17 +149,15 @@ class TaskConfig:
         self._check_task_kwargs(source.name if source.kind == "gym" else None)
         self._check_reward()
 
-    def _parsed_kwargs(self) -> dict[str, Any]:
-        value: Any = self.task_kwargs
+    def _mapping(self, name: str, example: str) -> dict[str, Any]:
+        value = given = getattr(self, name)
         if isinstance(value, str):
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"task_kwargs={self.task_kwargs!r} is not JSON ({error}): write e.g. '{{\"max_terms\": 2}}'"
-                ) from None
+                raise ConfigError(f"{name}={given!r} is not JSON ({error}): write e.g. '{example}'") from None
         if value is not None and not isinstance(value, dict):
-            raise ConfigError(f'task_kwargs={self.task_kwargs!r} must be a mapping, e.g. {{"max_terms": 2}}')
+            raise ConfigError(f"{name}={given!r} must be a mapping, e.g. {example}")
         return dict(value or {})
 
     def _check_numbers(self) -> None:

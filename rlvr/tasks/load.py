@@ -104,7 +104,7 @@ def load_task(config: TaskConfig) -> Task:
 def _reward(
     config: TaskConfig, verify: str, kwargs: dict[str, Any], columns: Sequence[str], stop: str | None
 ) -> VerifierReward:
-    pool = VerifierPool(verify, config.verifier_workers, config.verifier_timeout, kwargs)
+    pool = VerifierPool(verify, config.verifier_workers, config.verifier_timeout, kwargs, config.limits)
     return VerifierReward(pool, columns, stop)
 
 
@@ -207,7 +207,9 @@ def _read(config: TaskConfig, source: Source, split: str) -> tuple[list[Row], in
         raise ConfigError(
             f"task={config.task!r} has columns named {', '.join(clash)}, which the trainer passes itself: rename them"
         )
-    return to_rows(dataset, prompt, answer, source.clean_answer, keep=own)
+    local = config.data_files or (source.name if source.kind == "file" else None)
+    where = repr(local) if local else f"{source.name}, split {split!r}"
+    return to_rows(dataset, prompt, answer, source.clean_answer, own, where)
 
 
 def _check_enough(config: TaskConfig, available: int, what: str) -> None:

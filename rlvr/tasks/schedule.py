@@ -11,7 +11,11 @@ from rlvr.errors import ConfigError, unknown
 if TYPE_CHECKING:
     from rlvr.tasks.config import TaskConfig
 
-RUN_WIDE = ("verifier_timeout", "verifier_workers")  # of the one pool of processes that judges all tasks
+RUN_WIDE = (
+    "verifier_timeout",
+    "verifier_workers",
+    "verifier_limits",
+)  # of the one pool of processes that judges all tasks
 
 
 @dataclass(frozen=True, slots=True)

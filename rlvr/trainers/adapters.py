@@ -65,6 +65,8 @@ def policy_or_adapter(model_config: ModelConfig, args: Any) -> Any:
             f"model_name_or_path={name!r} holds adapters, which are trained further: unset mole, use_peft"
         )
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    model = AutoModelForCausalLM.from_pretrained(base, **(args.model_init_kwargs or {}))
+    model = AutoModelForCausalLM.from_pretrained(
+        base, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    )
     args.model_init_kwargs = None
     return PeftModel.from_pretrained(model, name, is_trainable=True)

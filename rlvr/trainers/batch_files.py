@@ -31,10 +31,10 @@ def write_batches(path: str | Path, batches: Sequence[Batch], state: Mapping[str
 
 def read_batches(path: str | Path, device: Any = "cpu") -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What `write_batches` wrote: the micro-batches and the state."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["rlvr"])
         batches: list[dict[str, Any]] = described["batches"]
         for key in file.keys():  # noqa: SIM118  a safetensors file is no mapping
             n, _, name = key.partition("/")
-            batches[int(n)][name] = file.get_tensor(key)
+            batches[int(n)][name] = file.get_tensor(key).to(device)
     return batches, described["state"]

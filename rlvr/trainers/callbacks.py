@@ -40,7 +40,8 @@ class RunCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in its trainer_state.json; read again by `resume.saved_state`."""
-        return {"args": {}, "attributes": self._trainer.steering.state_dict()}
+        attributes = {**self._trainer.steering.state_dict(), "skipped_in_a_row": self._trainer.guard.in_a_row}
+        return {"args": {}, "attributes": attributes}
 
     def open(self, resume_step: int | None) -> None:
         """Start the records of a run, or continue them after the checkpoint of `resume_step`."""
@@ -90,13 +91,12 @@ class RunCallback(TrainerCallback, ExportableState):
             self._trainer._metrics["train"][name].append(value)
         if self._recorder is not None:
             trainer = self._trainer
-            self._recorder.record_step(
-                state.global_step, metrics, trainer.diagnostics.by_position, trainer.router_details
-            )
+            details = (trainer.diagnostics.by_position, trainer.router_details, trainer.alerts)
+            self._recorder.record_step(state.global_step, metrics, *details)
             if self._rows:
                 columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
                 self._recorder.record_tokens(state.global_step, columns)
-        self._rows = []
+        self._rows, self._trainer.alerts = [], []
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish("finished" if state.global_step >= state.max_steps else "interrupted")

@@ -53,7 +53,7 @@ def read_prompts(path: Path, prompts: Sequence[Any], stop: str | None) -> Reader
     Raises: ConfigError for a missing tokenizer or chat template, or a `stop` that is not one token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"CKPT={str(path)!r} has no tokenizer: copy the base model's tokenizer files there"
@@ -70,7 +70,7 @@ def read_prompts(path: Path, prompts: Sequence[Any], stop: str | None) -> Reader
 def load_model(path: Path) -> Any:
     """The checkpoint on the GPU as it was saved, or on the CPU in float32, which is the faster and finer one there."""
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
 
 
 @torch.inference_mode()

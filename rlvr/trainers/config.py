@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 import trl
 
+from rlvr.alarm import EntropyAlarm
 from rlvr.controls import Control, build_controls
 from rlvr.errors import ConfigError
 from rlvr.objective import Aggregation
@@ -18,7 +19,7 @@ from rlvr.surrogates import Surrogate
 from rlvr.thermostat import Thermostat
 from rlvr.trainers.adapters import AdapterFields
 from rlvr.trainers.batches import check_batches, check_resolved_batches
-from rlvr.trainers.control_choice import check_controls, check_updates, choose_thermostat
+from rlvr.trainers.control_choice import check_controls, check_updates, choose_alarm, choose_thermostat
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
@@ -67,6 +68,20 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
         metadata={
             "help": "Hold entropy in a band by moving a control's hyper-parameter: {lever: entropy_bonus.coef, "
             "low: 0.3, high: 0.5, lowest: 0.0, highest: 0.02}; JSON on the CLI."
+        },
+    )
+    entropy_alarm: str | None = field(
+        default=None,
+        metadata={
+            "help": "When entropy has collapsed or exploded, as {low: 0.01, high: 3.0, patience: 10, action: warn}; "
+            "action: warn, stop, or thermostat, which waits for the alarm. Default: a warning below 0.01 nats."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Optimizer steps whose loss or gradient is not finite are skipped and their batches saved; stop "
+            "after this many in a row."
         },
     )
     router_z_loss_coef: float = field(
@@ -145,6 +160,7 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
         self.control_list: tuple[Control, ...] = build_controls(parse_list("controls", self.controls))
         self.surrogate_fn: Surrogate = choose_surrogate(self)
         self.thermostat_config: Thermostat | None = choose_thermostat(self)
+        self.alarm: EntropyAlarm = choose_alarm(self)
         check_controls(self)
         # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
@@ -200,7 +216,12 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
             )
         if self.use_trl_head and self.share_prompts:
             raise ConfigError("share_prompts=True needs the statistics of rlvr_kernels: set use_trl_head: false")
-        for name, least in {"record_sequences": 0, "probe_sequences": 0, "probe_every": 1}.items():
+        for name, least in {
+            "record_sequences": 0,
+            "probe_sequences": 0,
+            "probe_every": 1,
+            "max_skipped_steps": 1,
+        }.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value}: must be a whole number >= {least}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from rlvr.alarm import EntropyAlarm
 from rlvr.controls import construct
 from rlvr.controls.budget import TokenBudget
 from rlvr.controls.mismatch import EngineCorrection
@@ -34,6 +35,17 @@ def choose_thermostat(args: "PolicyConfig") -> Thermostat | None:
     except ValueError as error:
         raise ConfigError(f"thermostat lever={thermostat.lever}: {error}") from error
     return thermostat
+
+
+def choose_alarm(args: "PolicyConfig") -> EntropyAlarm:
+    """The alarm of a run. Raises: ConfigError."""
+    spec = parse("entropy_alarm", args.entropy_alarm)
+    if not isinstance(spec, Mapping | None):
+        raise ConfigError(f"entropy_alarm={spec!r}: write a mapping of low, high, patience and action")
+    alarm: EntropyAlarm = construct("entropy_alarm", EntropyAlarm, spec or {})
+    if alarm.action == "thermostat" and args.thermostat_config is None:
+        raise ConfigError("entropy_alarm action=thermostat has no thermostat to set off: write thermostat: {...}")
+    return alarm
 
 
 def check_controls(args: "PolicyConfig") -> None:

@@ -15,6 +15,7 @@ from rlvr.trainers.distributed import AcceleratorReduce
 from rlvr.trainers.dynamics import EntropyProbe
 from rlvr.trainers.engine import engine_tolerance
 from rlvr.trainers.forward import Statistics, mean_discriminator
+from rlvr.trainers.guard import StepGuard
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics, step_means
 from rlvr.trainers.measuring import MeasuringTrainer
 from rlvr.trainers.steering import coefficients_of, combined, metrics_of
@@ -32,6 +33,7 @@ class ControlledTrainer(MeasuringTrainer):
     _rollout_number: int
     _parity_checked: bool
     probe: EntropyProbe
+    guard: StepGuard
     diagnostics: TokenDiagnostics
 
     # ---------------------------------------------------------------------------------------------- rollouts
@@ -54,6 +56,8 @@ class ControlledTrainer(MeasuringTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before and self.steering.scoped("optimizer_step"):
             self._apply_step_controls(self._buffered_inputs)
+        if self.model.training:
+            self.guard.watch(inputs)
         return inputs
 
     def _apply_step_controls(self, batches: list[dict[str, Any]]) -> None:

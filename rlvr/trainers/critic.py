@@ -61,10 +61,15 @@ class Critic(ABC):
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
 
-    def step(self) -> dict[str, float]:
-        """Move the weights, once the last micro-batch of an optimizer step has been learned from."""
+    def step(self, skip: bool) -> dict[str, float]:
+        """Move the weights, once the last micro-batch of an optimizer step has been learned from; not with gradients
+        that are not finite, nor where the policy's step is skipped.
+        """
         told = {"critic/learning_rate": float(self._scheduler.get_last_lr()[0])}
-        told["critic/grad_norm"] = self._move()
+        if skip:
+            self.optimizer.zero_grad()
+        else:
+            told["critic/grad_norm"] = self._move()
         self._scheduler.step()
         return told
 
@@ -102,7 +107,8 @@ class Critic(ABC):
     def _clipped_step(self, gradients_of: list[nn.Parameter]) -> float:
         limit = self._trainer.args.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(gradients_of, limit if limit > 0 else torch.inf)
-        self.optimizer.step()
+        if norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
 
@@ -215,7 +221,8 @@ class OwnCritic(Critic):
             return Path(self._weights(folder), "adapter_config.json").is_file()
         if not Path(folder, "config.json").is_file():
             return False
-        theirs, ours = AutoConfig.from_pretrained(folder).get_text_config(), self.module.config.get_text_config()
+        theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        ours = self.module.config.get_text_config()
         shape = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
         return all(getattr(theirs, name, None) == getattr(ours, name, None) for name in shape)
 

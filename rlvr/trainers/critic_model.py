@@ -57,6 +57,7 @@ def load_critic(name: str, changes: Mapping[str, Any] | None = None, **options: 
 
         base = load_critic(str(PeftConfig.from_pretrained(adapter).base_model_name_or_path), changes, **options)
         return PeftModel.from_pretrained(base, adapter).merge_and_unload().requires_grad_(True)
+    options.setdefault("trust_remote_code", False)  # not None: transformers would ask whoever is at the terminal
     known = {key: options[key] for key in HUB if key in options}
     config = _of_values(AutoConfig.from_pretrained(name, **known, **(changes or {})))
     options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -114,7 +115,7 @@ def check_critic(name: str, tokenizer: Any) -> None:
     tokenizer: the policy's.   Raises: ConfigError.
     """
     try:
-        config, own = _config_of(name), AutoTokenizer.from_pretrained(name)
+        config, own = _config_of(name), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"critic={name!r} is not copy, shared, or a model with its tokenizer: {reason}") from error
@@ -138,7 +139,7 @@ def _config_of(name: str) -> Any:
         from peft import PeftConfig
 
         name = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _value_class(config: Any) -> type[PreTrainedModel]:

@@ -153,7 +153,7 @@ def check_model(model_config: ModelConfig) -> None:
     if (Path(name) / "adapter_config.json").is_file():
         name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
     try:
-        AutoConfig.from_pretrained(name, revision=model_config.model_revision)
+        AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             return  # the trainer asks for it with the user's setting

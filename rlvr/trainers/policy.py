@@ -2,6 +2,8 @@
 measurements are ours. A trainer says where advantages come from.
 """
 
+import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,6 +33,7 @@ from rlvr.trainers.engine import (
     require_engine_of_experts,
     without_trl_engine,
 )
+from rlvr.trainers.guard import StepGuard
 from rlvr.trainers.head import add_token_stats, check_token_stats, require_own_passes, shards_parameters
 from rlvr.trainers.heldout import pass_rates
 from rlvr.trainers.instruments import StepMeter, TokenDiagnostics
@@ -40,6 +43,9 @@ from rlvr.trainers.shared_prompts import require_full_attention
 from rlvr.trainers.staged import Stages
 from rlvr.trainers.steering import Steering
 from rlvr.trainers.stopping import add_stop_token
+from rlvr.trainers.tokenizer_checks import check_tokens
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyTrainer(ResumingTrainer):
@@ -53,6 +59,7 @@ class PolicyTrainer(ResumingTrainer):
     """
 
     config_class: ClassVar[type[PolicyConfig]]
+    _finite: ClassVar[frozenset[str]] = frozenset({"policy/loss", "optim/grad_norm"})  # else a step is skipped
 
     def __init__(
         self,
@@ -72,6 +79,8 @@ class PolicyTrainer(ResumingTrainer):
             raise ConfigError(f"train_dataset is a {type(train_dataset).__name__}: pass a datasets.Dataset")
         self._stages = Stages(schedule, args, train_dataset) if schedule else None
         args.check_data(train_dataset.column_names, len(train_dataset))
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        check_tokens(model, trl_arguments.get("processing_class"), args, datasets)
         own_engine = needs_cpu_engine(args)
         trl_arguments["peft_config"] = choose_adapter(args, trl_arguments.get("peft_config"))
         if isinstance(trl_arguments["peft_config"], MoleConfig):
@@ -91,17 +100,18 @@ class PolicyTrainer(ResumingTrainer):
         self.run_config = dict(run_config or {})
         self.clock = PhaseClock()
         self.meter = StepMeter(self.accelerator)
+        self.guard = StepGuard(self, args.max_skipped_steps)
         self.reduce = AcceleratorReduce(self.accelerator)
         self._rollout_step = self._rollout_number = -1
         self._parity_checked = False
         self._rewards: Tensor | None = None
         self._measured = self._tool_mask = self._routes = None
-        self._grad_norm = float("nan")
+        self._grad_norm: float | None = None
         policy = self.accelerator.unwrap_model(self.model)
         self._z_loss = RouterZLoss(policy, args.router_z_loss_coef) if args.router_z_loss_coef else None
         self.probe = EntropyProbe(self, args.probe_sequences, args.probe_every)
         self.diagnostics = TokenDiagnostics(args.diagnostics)
-        self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config)
+        self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config, args.alarm)
         if args.probe_sequences or any("mean_discriminator" in control.needs for control in args.control_list):
             asks = "probe_sequences" if args.probe_sequences else "a control of mean_discriminator"
             require_own_passes(self, asks)
@@ -112,6 +122,7 @@ class PolicyTrainer(ResumingTrainer):
         if self.use_vllm:
             self.vllm_generation.sync_weights = self.clock.timed("sync_weights", self.vllm_generation.sync_weights)
         self.step_metrics: dict[str, float] = {}
+        self.alerts: list[str] = []  # of the step at hand
         self.router_details: dict[str, Any] = {}  # of the step's routers by layer and position
         self.progress = use_own_progress_bar(self)
         self.run_callback = RunCallback(self)
@@ -157,6 +168,9 @@ class PolicyTrainer(ResumingTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.clock.phase("verify"):
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        if infinite := int(rewards.isinf().sum()):
+            self.alert(f"{infinite} rewards of a rollout are infinite: such completions count as not scored")
+            rewards = rewards.masked_fill(rewards.isinf(), torch.nan)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # (B * ranks,), NaN: not scored
         return rewards
@@ -210,7 +224,7 @@ class PolicyTrainer(ResumingTrainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         grad_norm = super()._get_grad_norm(*args, **kwargs)
-        self._grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
+        self._grad_norm = None if grad_norm is None else float(grad_norm)
         return grad_norm
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
@@ -225,19 +239,33 @@ class PolicyTrainer(ResumingTrainer):
         self.step_metrics = {
             **step.metrics,
             **self.diagnostics.close(self.reduce),
-            "optim/grad_norm": self._grad_norm,
             "optim/learning_rate": self._get_learning_rate(),
         }
+        if self._grad_norm is not None:
+            self.step_metrics["optim/grad_norm"] = self._grad_norm
         if self._stages is not None:
             self.step_metrics["reward/stage"] = self._stages.at(self.state.global_step)
         if self.routers is not None:
             metrics, self.router_details = self.routers.close(self.reduce)
             self.step_metrics |= metrics
-        if "entropy/mean" in step.metrics:
-            self.step_metrics |= self.steering.observe(step.metrics["entropy/mean"])
+        skipped = self.guard.skips({k: x for k, x in self.step_metrics.items() if k in self._finite})
+        self._skips = skipped is not None
+        self.step_metrics["optim/skipped"] = float(self._skips)
+        if skipped is not None:
+            self.alert(skipped)
+        if math.isfinite(entropy := step.metrics.get("entropy/mean", math.nan)):
+            self.step_metrics |= self.steering.observe(entropy)
+            for alert in self.steering.alerts:
+                self.alert(alert)
         self.progress.show(self.step_metrics)
         if step.mismatch is not None:
             check_parity(step.mismatch, engine_tolerance(self), self.state.global_step)
+
+    def alert(self, text: str) -> None:
+        """What a person should know: a line of the log, and of the step's record. Called on every rank."""
+        self.alerts.append(text)
+        if self.is_world_process_zero():
+            logger.warning("%s", text)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

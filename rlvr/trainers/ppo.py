@@ -41,6 +41,7 @@ class PPOTrainer(PolicyTrainer):
     _name, _tag_names = "PPO", ["rlvr", "ppo"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}  # noqa: RUF012
     critic: OwnCritic | SharedCritic
+    _finite = PolicyTrainer._finite | {"critic/loss"}
 
     def _construct(self, model: Any, reward_funcs: Any, args: Any, *others: Any, **trl_arguments: Any) -> None:
         self._check_critic(model, args, trl_arguments)
@@ -71,7 +72,8 @@ class PPOTrainer(PolicyTrainer):
         if tokenizer is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             given = args.model_init_kwargs or {}
-            tokenizer = AutoTokenizer.from_pretrained(name, **{key: given[key] for key in HUB if key in given})
+            hub = {"trust_remote_code": args.trust_remote_code, **{key: given[key] for key in HUB if key in given}}
+            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         check_critic(args.critic, tokenizer)
 
     def _load_critic(self, model: str, quantization: Any) -> Any:
@@ -189,8 +191,8 @@ class PPOTrainer(PolicyTrainer):
         super().close_step()
         if self._warming_up:
             for name in ("optim/grad_norm", "optim/learning_rate"):  # of the policy, which does not step
-                del self.step_metrics[name]
-        self.step_metrics |= self.critic.step()
+                self.step_metrics.pop(name, None)
+        self.step_metrics |= self.critic.step(skip=self._skips)
 
     # ---------------------------------------------------------------------------------------------- running
 

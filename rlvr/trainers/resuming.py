@@ -152,7 +152,9 @@ class ResumingTrainer(ControlledTrainer):
             self.run_callback.open(checkpoint_step(checkpoint) if checkpoint is not None else 0 if again else None)
         try:
             if checkpoint is not None:
-                self.steering.load_state_dict(saved_state(checkpoint, RunCallback.__name__))
+                state = saved_state(checkpoint, RunCallback.__name__)
+                self.steering.load_state_dict(state)
+                self.guard.in_a_row = state.get("skipped_in_a_row", 0)
             if checkpoint is not None and 0 < self.args.max_steps <= checkpoint_step(checkpoint):
                 self._load_weights(checkpoint)
                 self.state = TrainerState.load_from_json(f"{checkpoint}/{STATE}")

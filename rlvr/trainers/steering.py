@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from rlvr.alarm import EntropyAlarm, EntropyAlarmError, steps_outside
 from rlvr.controls import Control, decide
 from rlvr.controls.base import Outcome, Scope
 from rlvr.errors import ConfigError, unknown
@@ -28,11 +29,19 @@ class Steering:
     """Holds the frozen controls, and replaces them by their successors after each optimizer step."""
 
     def __init__(
-        self, controls: tuple[Control, ...], surrogate: Surrogate, thermostat: Thermostat | None = None
+        self,
+        controls: tuple[Control, ...],
+        surrogate: Surrogate,
+        thermostat: Thermostat | None = None,
+        alarm: EntropyAlarm | None = None,
     ) -> None:
         self.controls = {control.name: control for control in controls}
         self.surrogate = surrogate
         self.thermostat = thermostat
+        self.alarm = alarm or EntropyAlarm()
+        self._outside = 0  # steps in a row beyond the alarm's limits
+        self._engaged = self.alarm.action != "thermostat"
+        self.alerts: list[str] = []  # what a person should know of the step observed last
         self._started: dict[str, Control] = dict(self.controls)
         self._state: ThermostatState | None = None
         if thermostat is not None:
@@ -58,19 +67,35 @@ class Steering:
         )
 
     def observe(self, entropy: float) -> dict[str, float]:
-        """Take in the entropy of a finished step, over all ranks; returns what the thermostat has to tell."""
+        """Take in the entropy of a finished step, over all ranks; returns what alarm and thermostat have to tell.
+
+        Raises: EntropyAlarmError.
+        """
+        self.alerts = []
+        told = self._alarm(entropy)
         self.controls = {name: control.observe(entropy) for name, control in self.controls.items()}
-        if self.thermostat is None or self._state is None:
-            return {}
+        if self.thermostat is None or self._state is None or not self._engaged:
+            return told
         self._state = self.thermostat.step(self._state, entropy)
         alarm = self.thermostat.alarm(self._state, entropy)
         if alarm:
-            warnings.warn(alarm, stacklevel=2)
-        return {
+            self.alerts.append(alarm)
+        return told | {
             "thermostat/value": self._move(self._state),
             "thermostat/position": self._state.position,
             "thermostat/outside": float(self._state.outside),
         }
+
+    def _alarm(self, entropy: float) -> dict[str, float]:
+        self._outside = steps_outside(self._outside, entropy, self.alarm.low, self.alarm.high)
+        message = self.alarm.message(self._outside, entropy)
+        if message is not None and self.alarm.action == "stop":
+            raise EntropyAlarmError(f"{message}: entropy_alarm stops the run; start from an earlier checkpoint")
+        if message is not None:
+            begins = "; the thermostat begins to act" if not self._engaged else ""
+            self.alerts.append(message + begins)
+            self._engaged = True
+        return {"entropy/outside": float(self._outside)}
 
     def _move(self, state: ThermostatState) -> float:
         assert self.thermostat is not None
@@ -96,7 +121,8 @@ class Steering:
         thermostat = None
         if self.thermostat is not None and self._state is not None:
             thermostat = {"settings": self._range(), "value": self._lever().value, "state": asdict(self._state)}
-        return {"controls": moved, "thermostat": thermostat}
+        alarm = {"outside": self._outside, "engaged": self._engaged}
+        return {"controls": moved, "thermostat": thermostat, "alarm": alarm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. A control or thermostat that was not there, or moved another lever, starts afresh;
@@ -104,6 +130,9 @@ class Steering:
 
         Raises: ConfigError if a control's new settings do not admit the value that it had reached.
         """
+        alarm = state.get("alarm", {})
+        self._outside = alarm.get("outside", 0)
+        self._engaged = self._engaged or alarm.get("engaged", False)
         for name, changes in state.get("controls", {}).items():
             if name in self.controls:
                 control: Any = self.controls[name]
