@@ -39,6 +39,7 @@ def train(kind: str, model_dir: str, out: str, settings: dict[str, Any], moment:
         MOMENTS[moment](one, at)
     one.train(resume_from_checkpoint="auto")
     one.export(f"{out}/model")
+    one.close()
 
 
 def trainer(kind: str, model_dir: str, out: str, **settings: Any) -> Any:

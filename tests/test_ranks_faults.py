@@ -71,3 +71,18 @@ def test_ranks_skip_a_step_that_is_not_finite_on_one_of_them(
         assert torch.equal(x, weights[1][name]) and weights[2][name].isfinite().all(), name
     assert any(not torch.equal(x, weights[2][name]) for name, x in weights[0].items())
     assert len(list((tmp_path / "skipped").glob("step-000002-rank-[01].safetensors"))) == 2
+
+
+@pytest.mark.parametrize("launched", WHERE)
+def test_ranks_whose_run_is_over_load_it_and_save_it_again(
+    launched: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 2, "save_steps": 2}
+    assert run(launched, tiny_model_dir, tmp_path, settings) == 0
+    saved = tmp_path / "model/model.safetensors"
+    before = load_file(saved)
+    saved.unlink()
+    assert run(launched, tiny_model_dir, tmp_path, settings) == 0
+    assert len(read_steps(tmp_path)) == 2 and read_run(tmp_path)["status"] == "finished"
+    for name, x in load_file(saved).items():
+        assert torch.equal(x, before[name]), name

@@ -27,6 +27,10 @@ LAW_NUMBERS = ("a", "b", "ceiling", "ceiling_low", "ceiling_high", "r2", "r2_lin
 PHASES = ("rollout", "sync_weights", "verify", "old_logps", "critic")
 
 
+class NothingLeft(Exception):
+    """The run to be resumed had taken its last step; all is loaded."""
+
+
 class RunCallback(TrainerCallback, ExportableState):
     """Writes the run directory, on the main process; takes part in the reductions on all of them."""
 
@@ -73,6 +77,8 @@ class RunCallback(TrainerCallback, ExportableState):
         # A checkpoint that this callback did not write lacks its entry, which saving the next one looks up.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._trainer.start()
+        if state.global_step >= state.max_steps:  # transformers would take one step more
+            raise NothingLeft
         if self._trainer.is_world_process_zero():
             print(header(self._trainer), flush=True)
 

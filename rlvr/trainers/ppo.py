@@ -225,11 +225,8 @@ class PPOTrainer(PolicyTrainer):
             rows += rounding_warning(self.critic.module, "critic_learning_rate", args.critic_learning_rate)
         return rows
 
-    def _load_weights(self, checkpoint: str) -> None:
-        super()._load_weights(checkpoint)
-        self.critic.load(f"{checkpoint}/{FOLDER}")
-
     def _check_checkpoint(self, checkpoint: str) -> None:
+        super()._check_checkpoint(checkpoint)
         if not Path(checkpoint, FOLDER).is_dir():
             raise ConfigError(f"resume_from_checkpoint={checkpoint!r} holds no critic: it is of a run without one")
         if not self.critic.saved(f"{checkpoint}/{FOLDER}"):

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
 
 from rlvr.errors import ConfigError, RunError
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.monitor.records import holds_run
 from rlvr.trainers.batch_files import read_batches, write_batches
-from rlvr.trainers.callbacks import RunCallback
+from rlvr.trainers.callbacks import NothingLeft, RunCallback
 from rlvr.trainers.checkpoints import STATE, clear_aside, commit, complete_checkpoints, rotate
 from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, restarts, saved_state
@@ -138,7 +137,7 @@ class ResumingTrainer(ControlledTrainer):
         """TRL's `train`; `resume_from_checkpoint` defaults to the config's, True or "latest" means the newest one,
         "auto" the newest one if there is any.
 
-        A run that had already taken its last step is not trained further: its weights are loaded.
+        A run that had already taken its last step is not trained further: what it had reached is loaded.
         """
         output_dir = str(self.args.output_dir)
         requested = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -155,11 +154,9 @@ class ResumingTrainer(ControlledTrainer):
                 state = saved_state(checkpoint, RunCallback.__name__)
                 self.steering.load_state_dict(state)
                 self.guard.in_a_row = state.get("skipped_in_a_row", 0)
-            if checkpoint is not None and 0 < self.args.max_steps <= checkpoint_step(checkpoint):
-                self._load_weights(checkpoint)
-                self.state = TrainerState.load_from_json(f"{checkpoint}/{STATE}")
-                return self.run_callback.finish("finished")
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except NothingLeft:
+            return self.run_callback.finish("finished")
         except BaseException as error:
             self.run_callback.fail(error)
             raise
@@ -186,7 +183,3 @@ class ResumingTrainer(ControlledTrainer):
                 f"resume_from_checkpoint={checkpoint!r} does not hold the reference policy that sync_ref_model=true "
                 "has moved: start a new run from the checkpoint's weights, or unset sync_ref_model"
             )
-
-    def _load_weights(self, checkpoint: str) -> None:
-        """Of a run that is over."""
-        self._load_from_checkpoint(checkpoint)

@@ -11,14 +11,7 @@ def judge(completion: str, answer: str) -> float:
     """answer: the three numbers and the target, as in the prompt."""
     *numbers, _, target, _ = answer.split()
     draw = int.from_bytes(hashlib.sha256(f"{answer} {completion}".encode()).digest()[:4], "big") % 10_000
-    for share, misbehave in (
-        (HANG, _hang),
-        (RAISE, _raise),
-        (NAN, _nan),
-        (EXIT, _exit),
-        (FLOOD, _flood),
-        (WRITE, _write),
-    ):
+    for misbehave, share in MISBEHAVIOUR.items():
         if draw < share:
             return misbehave()
         draw -= share

@@ -60,11 +60,7 @@ def trainer(out: Path, seed: int, steps: int, engine: str) -> rlvr.GRPOTrainer:
         report_to="none",
         disable_tqdm=True,
         logging_steps=50,
-        **(
-            {}
-            if engine == "transformers"
-            else {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": engine}
-        ),
+        **({} if engine == "transformers" else server),
     )
     prompts = draw(split(held_out=False), 512, np.random.default_rng(seed)).prompts()
     pool = VerifierPool("soaking.judge:judge", workers=2, timeout=5.0, limits=Limits(memory_gib=4, file_mib=1))
