@@ -1,4 +1,4 @@
-"""The `rlvr` command: choose a checkpoint to start from; look at a run without a GPU, a network or an account."""
+"""The `rlvr` command: choose a checkpoint, serve rollouts; look at a run without a GPU, a network or an account."""
 
 import argparse
 import os
@@ -40,7 +40,22 @@ def _parser() -> argparse.ArgumentParser:
     metrics = commands.add_parser("metrics", help="print every metric with its unit and meaning")
     metrics.set_defaults(run=_metrics)
 
-    # Its flags are fields of dataclasses that live beside torch, so it parses them itself: here, no word is a flag.
+    serve = commands.add_parser("serve", help="start a vLLM server on the CPU for `vllm_mode: server`")
+    serve.add_argument("--model", required=True, metavar="MODEL", help="what is trained: a directory or a hub name")
+    serve.add_argument("--host", default="127.0.0.1", help="who can reach it can run code here (%(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="%(default)s")
+    serve.add_argument("--dtype", default="float32", help="float32 or bfloat16, as the trainer computes (%(default)s)")
+    serve.add_argument("--max_model_len", type=int, default=1024, help="prompt and completion, tokens (%(default)s)")
+    serve.add_argument("--kv_cache_gib", type=float, default=1.0, help="memory for keys and values (%(default)s)")
+    serve.add_argument("--block_size", type=int, default=32, help="tokens per cache block (%(default)s)")
+    serve.set_defaults(run=_serve)
+
+    # Their flags are fields of dataclasses, and they parse them themselves: here, no word is a flag.
+    plan = commands.add_parser(
+        "plan", help="say how much GPU memory a run takes, and how to launch it", prefix_chars="\0", add_help=False
+    )
+    plan.add_argument("words", nargs="*")
+    plan.set_defaults(run=_plan)
     select = commands.add_parser(
         "select-checkpoint",
         help="rank SFT checkpoints by entropy and pass@k on a task, before RL starts from one",
@@ -68,6 +83,20 @@ def _metrics(arguments: argparse.Namespace) -> None:
     from rlvr.monitor.metrics import format_metrics
 
     print(format_metrics())
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from rlvr.rollout.cpu_engine import EngineOptions
+    from rlvr.rollout.serve import serve
+
+    given = {name: getattr(arguments, name) for name in ("dtype", "max_model_len", "kv_cache_gib", "block_size")}
+    serve(arguments.model, arguments.host, arguments.port, EngineOptions(**given))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from rlvr.trainers.planner import plan
+
+    print(plan(arguments.words))
 
 
 def _select_checkpoint(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from engine_probe import load, with_lora
-from torch import Tensor, nn
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from rlvr.errors import ConfigError
 from rlvr.rollout import cpu_engine
@@ -82,12 +85,21 @@ def test_adapting_one_of_two_tied_embeddings_is_refused(tiny_model_dir: Path, se
         list(merged_parameters(with_lora(load(tiny_model_dir), **settings)))
 
 
-def test_partitioned_parameters_are_refused() -> None:
-    model = nn.Linear(3, 2)
-    model.weight.data = torch.empty(0)
-    model.weight.ds_id, model.weight.ds_numel = 0, 6
-    with pytest.raises(RuntimeError, match="weight is partitioned by ZeRO stage 3"):
-        list(merged_parameters(model))
+@pytest.mark.parametrize("lora", [False, True])
+def test_merged_parameters_of_fsdp2_are_whole(lora: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = with_lora(load(tiny_model_dir)) if lora else load(tiny_model_dir)
+    expected = {name: tensor.detach().clone() for name, tensor in merged_parameters(model)}
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        found = dict(merged_parameters(model))
+    finally:
+        distributed.destroy_process_group()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert not isinstance(tensor, DTensor) and torch.equal(tensor, expected[name])
 
 
 # ------------------------------------------------------------------------------------------------ settings

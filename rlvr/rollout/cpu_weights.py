@@ -39,10 +39,19 @@ def require_loadable(model: nn.Module) -> None:
 
 def load(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Load checkpoint-named tensors into vLLM's model and pack its linear layers again, the tied head included."""
+    finish(model, load_some(model, parameters))
+
+
+def load_some(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Load a part of the checkpoint-named tensors. Returns the names of the engine's weights that it reached."""
+    return set(model.load_weights((name, tensor.detach()) for name, tensor in parameters))
+
+
+def finish(model: nn.Module, loaded: set[str]) -> None:
+    """After the last part: pack the linear layers. Raises: RuntimeError naming weights that no part reached."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    loaded = model.load_weights((name, tensor.detach()) for name, tensor in parameters)
-    missing = sorted(set(dict(model.named_parameters())) - set(loaded))
+    missing = sorted(set(dict(model.named_parameters())) - loaded)
     if missing:
         raise RuntimeError(f"weight sync left {len(missing)} engine weights as they were, first {missing[:3]}")
     for layer in model.modules():

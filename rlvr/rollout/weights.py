@@ -1,11 +1,13 @@
 """The policy's weights under the names of its base checkpoint, as an engine loads them."""
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlvr.errors import ConfigError
 
@@ -17,12 +19,13 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Without PEFT the tensors are the parameters themselves. An adapted layer gives a merged copy, made one layer at a
     time and never written to the model: merging and unmerging in place would round the frozen weights at each sync.
-    Tied tensors come once.
-    Raises: RuntimeError for weights partitioned by ZeRO-3; ConfigError for an adapter that does not merge into a
-    checkpoint of the base model's form.
+    Tied tensors come once. Weights that ZeRO-3 or FSDP2 shards are whole while they are looked at, one tensor or one
+    adapted layer at a time; every rank must ask for all of them, in step with the others.
+    Raises: ConfigError for an adapter that does not merge into a checkpoint of the base model's form.
     """
     if "peft" not in sys.modules:
-        yield from _whole(model.named_parameters())
+        for name, parameter in _whole(model.named_parameters()):
+            yield name, _full(parameter)
         return
     from peft import PeftModel
 
@@ -35,7 +38,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-        yield name.removeprefix(_PEFT_PREFIX), tensor
+        yield name.removeprefix(_PEFT_PREFIX), _full(tensor)
 
 
 def _merged_tree(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -73,30 +76,44 @@ def _require_one_embedding(model: Any) -> None:
         )
 
 
-@torch.no_grad()
-def _merged_layer(layer: Any, prefix: str) -> list[tuple[str, Tensor]]:
+def _merged_layer(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The base layer's parameters with its active adapters added, as copies; the layer is left bit-identical."""
-    base = layer.get_base_layer()
-    own = dict(_whole(base.named_parameters()))
-    list(_whole(layer.named_parameters()))
+    own = [(prefix + name, parameter) for name, parameter in layer.get_base_layer().named_parameters()]
     if layer.merged or layer.disable_adapters or not getattr(layer, "merges", True):
-        return [(prefix + name, parameter) for name, parameter in own.items()]
-    before = {name: parameter.detach().clone() for name, parameter in own.items()}
-    layer.merge()
-    try:
-        return [(prefix + name, parameter.detach().clone()) for name, parameter in own.items()]
-    finally:
-        layer.unmerge()
-        for name, parameter in own.items():
-            parameter.data.copy_(before[name])
+        yield from _whole(own)
+        return
+    with _gathered(layer.parameters()), torch.no_grad():
+        before = [parameter.detach().clone() for _, parameter in own]
+        layer.merge()
+        try:
+            merged = [(name, parameter.detach().clone()) for name, parameter in own]
+        finally:
+            layer.unmerge()
+            for (_, parameter), old in zip(own, before, strict=True):
+                parameter.data.copy_(old)
+    yield from merged
 
 
-def _whole(parameters: Any) -> Iterator[tuple[str, Tensor]]:
-    """Pass (name, parameter) through, refusing what ZeRO-3 keeps on other ranks."""
+def _whole(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter as named, whole until the next one is asked for."""
     for name, parameter in parameters:
-        if hasattr(parameter, "ds_id") and parameter.numel() != parameter.ds_numel:
-            raise RuntimeError(
-                f"{name} is partitioned by ZeRO stage 3, so this rank does not hold it: use ZeRO stage 2, or gather "
-                "it before the weight sync (deepspeed.zero.GatheredParameters)"
-            )
-        yield name, parameter
+        with _gathered([parameter]):
+            yield name, parameter
+
+
+@contextlib.contextmanager
+def _gathered(parameters: Iterable[Any]) -> Iterator[None]:
+    """Have on every rank what ZeRO-3 partitions, for as long as this lasts; changes to it are dropped."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """Of a tensor that FSDP2 shards, all of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

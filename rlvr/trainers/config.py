@@ -148,7 +148,9 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
     )
     vllm_dtype: str | None = field(
         default=None,
-        metadata={"help": "dtype of the in-process CPU engine: float32 or bfloat16. Default: the model's."},
+        metadata={
+            "help": "dtype of vLLM on a CPU, which a server must have: float32 or bfloat16. Default: the model's."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from rlvr.mole.model import MoleConfig, expert_layers
 from rlvr.mole.tracker import RouterTracker
 from rlvr.rollout.cpu_engine import CpuEngine
 from rlvr.rollout.parity import check_parity
+from rlvr.rollout.server_engine import ServerEngine
 from rlvr.tasks.schedule import Stage
 from rlvr.trainers import trl_bridge as bridge
 from rlvr.trainers.adapters import choose_adapter
@@ -277,6 +278,6 @@ class PolicyTrainer(ResumingTrainer):
         return []
 
     def close(self) -> None:
-        """Free the in-process engine; the trainer cannot sample afterwards."""
-        if isinstance(getattr(self, "vllm_generation", None), CpuEngine):
+        """Free our engine; the trainer cannot sample afterwards."""
+        if isinstance(getattr(self, "vllm_generation", None), CpuEngine | ServerEngine):
             self.vllm_generation.close()
