@@ -2,7 +2,7 @@
 
 A verifier may hang inside C code, call os._exit, or run out of memory; alarms work on the main thread only. So each
 completion is judged in a process that can be killed, inside a fence, and what went wrong is counted instead of being
-scored 0. A row whose judging ends its process is not tried again: it would end the next one, too.
+scored 0. A row whose judging ends its process is tried once more, for the process may have been killed from outside.
 """
 
 import contextlib

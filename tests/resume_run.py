@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 import rlvr
-from rlvr.monitor import files
+from rlvr.monitor import recorder
 from rlvr.trainers import checkpoints, resuming
 
 KINDS = {"grpo": rlvr.GRPOTrainer, "ppo": rlvr.PPOTrainer}
@@ -66,7 +66,12 @@ def trainer(kind: str, model_dir: str, out: str, **settings: Any) -> Any:
     prompts = args.generation_batch_size // args.num_generations
     rows = Dataset.from_list([{"prompt": f"{n}+{7 * n}="} for n in range(5 * prompts + 1)])
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    return cls(model_dir, odd_share, args, rows, processing_class=tokenizer)
+    heldout = rows.select(range(2)) if args.eval_strategy != "no" else None
+    one = cls(model_dir, odd_share, args, rows, heldout, processing_class=tokenizer)
+    if args.metric_for_best_model == "shrinking":  # so that the first checkpoint is the best
+        measure = one.evaluate
+        one.evaluate = lambda *a, **k: {**measure(*a, **k), "eval_shrinking": -float(one.state.global_step)}
+    return one
 
 
 class Bomb:
@@ -146,11 +151,15 @@ MOMENTS = {
     "checkpoint written": in_module(checkpoints, "_sync"),
     "checkpoint named": in_module(resuming, "rotate"),
     "deleting an old one": while_deleting,
-    "recording": in_module(files.os, "fsync"),
+    "recording": in_module(recorder, "append"),
     "disk full for a checkpoint": disk_full("_save_checkpoint", 50_000),  # of 100 kB and more
     "disk full for its optimizer": disk_full("_save_optimizer_and_scheduler", 150_000),
     "disk full for records": disk_full("_compute_loss", 2_000),
 }
+
+
+def rank_of(one: Any) -> int:
+    return int(one.accelerator.process_index)
 
 
 def main(kind: str, model_dir: str, out: str, settings: str, rank: str, moment: str, at: str) -> None:
@@ -166,6 +175,8 @@ def main(kind: str, model_dir: str, out: str, settings: str, rank: str, moment: 
         MOMENTS[moment](one, int(at))
     one.train(resume_from_checkpoint="auto")
     one.export(f"{out}/model")
+    if one.args.load_best_model_at_end:
+        torch.save(sum(p.detach().double().sum() for p in one.model.parameters()), f"{out}/sum-{rank_of(one)}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

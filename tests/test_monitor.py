@@ -130,7 +130,7 @@ def test_check_run_dir_protects_a_run(tmp_path):
     run_dir = tmp_path / "run"
     check_run_dir(run_dir, resume=False)
     (run_dir / "checkpoint-1").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"holds checkpoint-1, but no run that it is of; choose another --output_dir"):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-1, but no run that it is of; choose another"):
         check_run_dir(run_dir, resume=False)
     (run_dir / "checkpoint-1").rmdir()
     append(Recorder(run_dir), [1])

@@ -289,13 +289,6 @@ def test_a_warm_up_longer_than_the_run_is_refused(tiny_model_dir: Path, tmp_path
         one.train()
 
 
-def test_an_infinite_reward_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
-    one = ppo_trainer(tiny_model_dir, tmp_path)
-    one.reward_funcs = [lambda completions, **_: [float("inf")] * len(completions)]
-    with pytest.raises(ValueError, match=r"rewards\[0, \d+\]=inf: must be finite"):
-        one.train()
-
-
 def test_the_table_of_completions_has_the_critics_advantages(tiny_model_dir: Path, tmp_path: Path) -> None:
     one = ppo_trainer(tiny_model_dir, tmp_path, max_steps=2, lam=0.9, whiten_advantages=False)
     seen = rollouts(one)

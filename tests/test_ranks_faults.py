@@ -34,12 +34,12 @@ def run(launched: str, model_dir: Path, out: Path, settings: dict[str, Any], *mo
 def test_ranks_of_which_one_is_killed_stop_and_go_on_as_if_they_had_not(
     launched: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    settings = {**SETTINGS, "max_steps": 12, "save_steps": 3, "per_device_train_batch_size": 2}
+    settings = {**SETTINGS, "max_steps": 24, "save_steps": 5, "per_device_train_batch_size": 2}
     assert run(launched, tiny_model_dir, tmp_path / "whole", settings) == 0
     began = time.monotonic()
-    assert run(launched, tiny_model_dir, tmp_path / "killed", settings, "accumulating", 17) != 0
-    assert time.monotonic() - began < 120
-    assert len(read_steps(tmp_path / "killed")) < 12 and not alive(tmp_path / "killed")
+    assert run(launched, tiny_model_dir, tmp_path / "killed", settings, "accumulating", 45) != 0
+    assert time.monotonic() - began < 240
+    assert len(read_steps(tmp_path / "killed")) < 24 and not alive(tmp_path / "killed")
     assert run(launched, tiny_model_dir, tmp_path / "killed", settings) == 0
     assert len(read_run(tmp_path / "killed")["resumed"]) == 1
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -86,3 +86,15 @@ def test_ranks_whose_run_is_over_load_it_and_save_it_again(
     assert len(read_steps(tmp_path)) == 2 and read_run(tmp_path)["status"] == "finished"
     for name, x in load_file(saved).items():
         assert torch.equal(x, before[name]), name
+
+
+def test_ranks_that_load_the_best_checkpoint_hold_one_policy(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Which is not the newest."""
+    settings = {"max_steps": 3, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "shrinking", "per_device_eval_batch_size": 2}
+    assert run("ddp", tiny_model_dir, tmp_path, settings) == 0
+    best, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-1", "model"))
+    for name, x in best.items():
+        assert torch.equal(x, exported[name]), name
+    sums = [torch.load(tmp_path / f"sum-{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*sums)

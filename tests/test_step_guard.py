@@ -133,6 +133,29 @@ def test_infinite_reward_of_a_callable_is_not_scored(kind: str, tiny_model_dir: 
     assert flat(one.model).isfinite().all()
 
 
+@pytest.mark.parametrize("critic", ["copy", "shared"])
+def test_gradient_of_a_critic_is_guarded_as_the_policys(critic: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = run("ppo", tiny_model_dir, tmp_path, critic=critic, max_skipped_steps=2)
+    parameter = next(one.critic.module.parameters())
+    parameter.register_hook(lambda gradient: gradient * (math.nan if one.state.global_step in (1, 2) else 1.0))
+    weights = by_step(one)
+    with pytest.raises(NonFiniteError, match=r"step 3: critic/grad_norm is nan"):
+        one.train()
+    for part in ("policy", "critic"):
+        assert torch.equal(weights[part][1], weights[part][2]) and not torch.equal(*weights[part][:2])
+    assert [record["metrics"]["optim/skipped"] for record in read_steps(tmp_path)] == [0, 1]
+
+
+def test_step_is_skipped_where_its_batch_cannot_be_saved(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = run("grpo", tiny_model_dir, tmp_path)
+    poison_gradient(one, {2})
+    (tmp_path / "skipped").touch()  # no folder
+    one.train()
+    steps = read_steps(tmp_path)
+    assert steps[1]["alerts"][0].startswith("step 2: optim/grad_norm is nan; its batch could not be saved (")
+    assert steps[1]["metrics"]["optim/skipped"] == 1 and flat(one.model).isfinite().all()
+
+
 def test_batch_files_keep_order_values_and_state(tmp_path: Path) -> None:
     batches = [
         {"b": torch.arange(3), "none": None, "a": torch.tensor(2.5), "n": [1, 2]},

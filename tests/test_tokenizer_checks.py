@@ -55,26 +55,38 @@ def test_model_that_does_not_exist_is_left_to_its_loader(tmp_path: Path) -> None
     check_tokens(str(tmp_path / "nothing"), None, arguments(), prompts("x"))
 
 
+def engine(**settings: Any) -> rlvr.GRPOConfig:
+    return arguments(use_vllm=True, **settings)
+
+
 def test_prompt_is_too_long_by_one_token(tiny_model_dir: Path) -> None:
     fits = "x" * (512 - 12)  # a token per byte, of 512 positions
-    check_tokens(str(tiny_model_dir), None, arguments(), prompts(fits, "x"))
-    with pytest.raises(
-        ConfigError, match=r"train_dataset: 2 prompts are too long, the first in row 2 with 501 tokens.*room for 500"
-    ):
-        check_tokens(str(tiny_model_dir), None, arguments(), prompts("x", fits + "x", fits, fits * 2))
+    check_tokens(str(tiny_model_dir), None, engine(), prompts(fits, "x"))
+    too_long = prompts("x", fits + "x", fits, fits * 2)
+    said = r"train_dataset: 2 prompts are too long, the first in row 2 with 501 tokens.*room for 500"
+    with pytest.raises(ConfigError, match=said):
+        check_tokens(str(tiny_model_dir), None, engine(), too_long)
+    with pytest.warns(UserWarning, match=said):  # without an engine a model may go beyond its positions
+        check_tokens(str(tiny_model_dir), None, arguments(), too_long)
 
 
 def test_prompt_of_messages_is_counted_with_its_template(tiny_model_dir: Path) -> None:
     around = len("user: \nassistant: ")
     talk = lambda size: [{"role": "user", "content": "x" * size}]  # noqa: E731
-    check_tokens(str(tiny_model_dir), None, arguments(), prompts(talk(500 - around)))
+    check_tokens(str(tiny_model_dir), None, engine(), prompts(talk(500 - around)))
     with pytest.raises(ConfigError, match=r"in row 1 with 501 tokens"):
-        check_tokens(str(tiny_model_dir), None, arguments(), prompts(talk(501 - around)))
+        check_tokens(str(tiny_model_dir), None, engine(), prompts(talk(501 - around)))
+
+
+def test_prompts_of_a_stream_or_of_several_sets_are_left_to_the_trainer(tiny_model_dir: Path) -> None:
+    rows = prompts("x" * 600)["train_dataset"]
+    assert rows is not None
+    for heldout in ({"a": rows}, rows.to_iterable_dataset()):
+        check_tokens(str(tiny_model_dir), None, engine(), {**prompts("x"), "eval_dataset": heldout})
 
 
 def test_prompt_limit_is_the_engines_and_holds_for_held_out_rows(tiny_model_dir: Path) -> None:
-    engine = arguments(use_vllm=True, vllm_max_model_length=100)
     rows = {**prompts("x"), "eval_dataset": prompts("x" * 89)["train_dataset"]}
     check_tokens(str(tiny_model_dir), None, arguments(), rows)
     with pytest.raises(ConfigError, match=r"eval_dataset: 1 prompts are too long.*89 tokens.*room for 88"):
-        check_tokens(str(tiny_model_dir), None, engine, rows)
+        check_tokens(str(tiny_model_dir), None, engine(vllm_max_model_length=100), rows)

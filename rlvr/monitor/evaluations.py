@@ -27,6 +27,8 @@ def heldout(evals: Sequence[dict[str, Any]]) -> list[Heldout]:
     """The evaluations that measured a held-out reward, in order."""
     found = []
     for record in evals:
+        if "name" in record:  # of other rows than the run's own
+            continue
         of_all = _heldout_of(record["step"], record["metrics"])
         parts = {name: _heldout_of(record["step"], part) for name, part in record.get("domains", {}).items()}
         if of_all is not None:

@@ -158,7 +158,7 @@ def check_run_dir(run_dir: str | Path, resume: bool) -> None:
             f"output_dir={str(path)!r} already holds a run; continue it with --resume_from_checkpoint "
             "or choose another --output_dir"
         )
-    if not resume and (left := next(path.glob("checkpoint-*/"), None)):
+    if not resume and (left := next(path.glob("checkpoint-[0-9]*/"), None)):
         raise ConfigError(
             f"output_dir={str(path)!r} holds {left.name}, but no run that it is of; choose another --output_dir, or "
             "start from its weights with --model_name_or_path"

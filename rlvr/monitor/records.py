@@ -9,7 +9,8 @@
 `time` is in Unix seconds; `tokens` counts the tokens trained on since the start of the run; `entropy_by_position`,
 where recorded, holds mean entropy and token count of bins of positions that begin at `edges`; `routers` likewise the
 routers' Tsallis entropy, share of soft-routed tokens and expert load of each of `layers`, and entropy and load by bins
-of positions in the text; `alerts` is what the run said of a step in words. The files are strict
+of positions in the text; `alerts` is what the run said of a step in words; an evaluation with a `name` is of other
+rows than the run's own. The files are strict
 JSON: a metric that is not finite is written as the string "NaN", "Infinity" or "-Infinity", and read back as that
 float.
 """

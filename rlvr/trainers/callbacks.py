@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from rlvr.errors import RunError
 from rlvr.law import fit_law
@@ -38,19 +39,21 @@ class RunCallback(TrainerCallback, ExportableState):
         self._trainer = trainer
         self._recorder: Recorder | None = None
         self._seen: set[int] = set()
-        self._sampled_step = -1
+        self._sampled_step = self._evaluated_step = -1
         self._rows: list[dict[str, Any]] = []
         self._points: list[tuple[float, float]] = []  # entropy and reward of each rollout
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in its trainer_state.json; read again by `resume.saved_state`."""
-        attributes = {**self._trainer.steering.state_dict(), "skipped_in_a_row": self._trainer.guard.in_a_row}
-        return {"args": {}, "attributes": attributes}
+        trainer = self._trainer
+        reached = {**trainer.steering.state_dict(), "skipped_in_a_row": trainer.guard.in_a_row}
+        made = {"layout": trainer.layout, "only_model": trainer.args.save_only_model}
+        return {"args": {}, "attributes": {**reached, **made}}
 
     def open(self, resume_step: int | None) -> None:
         """Start the records of a run, or continue them after the checkpoint of `resume_step`."""
         trainer = self._trainer
-        if not trainer.is_world_process_zero() or self._recorder is not None:
+        if not trainer.is_world_process_zero():
             return
         config = {
             **trainer.args.to_dict(),
@@ -69,9 +72,12 @@ class RunCallback(TrainerCallback, ExportableState):
         return self._recorder is not None
 
     def record_eval(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> None:
-        evaluated = [record["step"] for record in read_evals(str(self._trainer.args.output_dir))]
-        if self._recorder is not None and self._trainer.state.global_step not in evaluated:
-            self._recorder.record_eval(self._trainer.state.global_step, metrics, details)
+        step, name = self._trainer.state.global_step, details.get("name")
+        evaluated = [(r["step"], r.get("name")) for r in read_evals(str(self._trainer.args.output_dir))]
+        if self._recorder is not None and (step, name) in evaluated:
+            logger.warning("an evaluation after step %d is already recorded: this one is not", step)
+        elif self._recorder is not None:
+            self._recorder.record_eval(step, metrics, details)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A checkpoint that this callback did not write lacks its entry, which saving the next one looks up.
@@ -103,6 +109,14 @@ class RunCallback(TrainerCallback, ExportableState):
                 columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
                 self._recorder.record_tokens(state.global_step, columns)
         self._rows, self._trainer.alerts = [], []
+        if args.eval_strategy == IntervalStrategy.EPOCH and float(state.epoch).is_integer():
+            control.should_evaluate = True  # now: a checkpoint of this very step is to be saved after it
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluated_step = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_evaluate and self._evaluated_step != state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish("finished" if state.global_step >= state.max_steps else "interrupted")

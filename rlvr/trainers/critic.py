@@ -61,21 +61,25 @@ class Critic(ABC):
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
 
-    def step(self, skip: bool) -> dict[str, float]:
-        """Move the weights, once the last micro-batch of an optimizer step has been learned from; not with gradients
-        that are not finite, nor where the policy's step is skipped.
-        """
-        told = {"critic/learning_rate": float(self._scheduler.get_last_lr()[0])}
-        if skip:
-            self.optimizer.zero_grad()
-        else:
-            told["critic/grad_norm"] = self._move()
-        self._scheduler.step()
-        return told
+    @property
+    def steps_itself(self) -> bool:
+        return False
 
     @abstractmethod
-    def _move(self) -> float:
-        """Clip and apply the gradients; returns their norm before clipping."""
+    def clip(self) -> float:
+        """Clip the gradients, once the last micro-batch of an optimizer step has been learned from; returns their norm
+        before.
+        """
+
+    def step(self, skip: bool) -> dict[str, float]:
+        """Move the weights; with `skip` drop the gradients instead. A DeepSpeed engine has done either by itself."""
+        told = {"critic/learning_rate": float(self._scheduler.get_last_lr()[0])}
+        if not skip and not self.steps_itself:
+            self.optimizer.step()
+        if not self.steps_itself:
+            self.optimizer.zero_grad()
+        self._scheduler.step()
+        return told
 
     @abstractmethod
     def save(self, folder: str) -> None:
@@ -104,13 +108,9 @@ class Critic(ABC):
     def load(self, folder: str) -> None:
         """Read the weights that `save` wrote."""
 
-    def _clipped_step(self, gradients_of: list[nn.Parameter]) -> float:
+    def _clipped(self, parameters: list[nn.Parameter]) -> float:
         limit = self._trainer.args.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(gradients_of, limit if limit > 0 else torch.inf)
-        if norm.isfinite():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else torch.inf))
 
 
 class OwnCritic(Critic):
@@ -178,10 +178,14 @@ class OwnCritic(Critic):
             parts.append(passed.padded(outputs.logits[passed.rows, passed.columns, 0].float()))
         return torch.cat(parts)
 
-    def _move(self) -> float:
+    @property
+    def steps_itself(self) -> bool:
+        return self._engine is not None
+
+    def clip(self) -> float:
         if self._engine is not None:
             return float(self._engine.get_global_grad_norm() or 0.0)
-        return self._clipped_step([p for p in self.module.parameters() if p.requires_grad])
+        return self._clipped([p for p in self.module.parameters() if p.requires_grad])
 
     def save(self, folder: str) -> None:
         state = None if self._engine is None else self._accelerator.get_state_dict(self._wrapped)
@@ -254,11 +258,11 @@ class SharedCritic(Critic):
         value: Tensor = self.module(hidden.to(self.module.weight.device))[..., 0]
         return value
 
-    def _move(self) -> float:
+    def clip(self) -> float:
         parameters = list(self.module.parameters())
         for parameter in parameters:
             parameter.grad = self._trainer.accelerator.reduce(parameter.grad, "mean")
-        return self._clipped_step(parameters)
+        return self._clipped(parameters)
 
     def save(self, folder: str) -> None:
         if self._trainer.args.should_save:

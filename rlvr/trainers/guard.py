@@ -37,6 +37,8 @@ class StepGuard:
         """
         window, self._window = self._window, []
         bad = {name: x for name, x in numbers.items() if not math.isfinite(x)}
+        if self._trainer.accelerator.mixed_precision == "fp16":  # gradients that overflow are its scaler's
+            bad = {name: x for name, x in bad.items() if not name.endswith("grad_norm")}
         if not bad:
             self.in_a_row = 0
             return None
@@ -44,13 +46,17 @@ class StepGuard:
         trainer, step = self._trainer, self._trainer.state.global_step + 1
         rank = trainer.accelerator.process_index
         path = f"{trainer.args.output_dir}/{FOLDER}/step-{step:06d}-rank-{rank}.safetensors"
-        write_batches(path, window, {"step": step, "rank": rank, **{name: str(x) for name, x in bad.items()}})
-        told = f"step {step}: {', '.join(f'{name} is {x}' for name, x in bad.items())}; its batch is in {path!r}"
+        try:
+            write_batches(path, window, {"step": step, "rank": rank, **{name: str(x) for name, x in bad.items()}})
+            where = f"is in {path!r}"
+        except Exception as error:  # a full disk is safetensors' own error
+            where = f"could not be saved ({' '.join(str(error).split())})"
+        told = f"step {step}: {', '.join(f'{name} is {x}' for name, x in bad.items())}; its batch {where}"
         if self.in_a_row >= self._limit:
             raise NonFiniteError(
                 f"{told}. These are {self.in_a_row} such steps in a row (max_skipped_steps={self._limit}): look at "
                 "its rewards and log-probs, lower learning_rate, or set dtype: float32"
             )
-        if trainer.accelerator.scaler is None:  # which skips by itself, and wants to see the gradient; as DeepSpeed
+        if trainer.accelerator.scaler is None:  # which wants to see the gradient
             trainer.optimizer.zero_grad(set_to_none=True)
         return f"{told}. The step is skipped ({self.in_a_row} in a row)"

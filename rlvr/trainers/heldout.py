@@ -93,6 +93,8 @@ class HeldOutTrainer(trl.GRPOTrainer):
         details: dict[str, Any] = {"prompts": prompts, "samples_per_prompt": samples}
         if self._domains:
             details["domains"] = domain_rewards(rewards, samples, self._domains[: prompts * samples])
+        if metric_key_prefix != "eval":
+            details["name"] = metric_key_prefix
         self.run_callback.record_eval(held, details)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in held.items()})
         return output

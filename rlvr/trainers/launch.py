@@ -87,9 +87,13 @@ def train(
     )
     with closing(trainer):
         trainer.train(resume_from_checkpoint=checkpoint if checkpoint is not None else args.resume_from_checkpoint)
-        if task.heldout is not None:
-            trainer.evaluate()
-        trainer.export(f"{output_dir}/model")
+        try:
+            if task.heldout is not None:
+                trainer.evaluate()
+            trainer.export(f"{output_dir}/model")
+        except BaseException as error:
+            trainer.run_callback.fail(error)
+            raise
         if trainer.is_world_process_zero():
             print(format_summary(summarize(output_dir)))
             print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")

@@ -100,19 +100,14 @@ class PolicyTrainer(ResumingTrainer):
             self._add_heads()
         self.run_config = dict(run_config or {})
         self.clock = PhaseClock()
-        self.meter = StepMeter(self.accelerator)
-        self.guard = StepGuard(self, args.max_skipped_steps)
+        self._begin()
         self.reduce = AcceleratorReduce(self.accelerator)
-        self._rollout_step = self._rollout_number = -1
-        self._parity_checked = False
         self._rewards: Tensor | None = None
         self._measured = self._tool_mask = self._routes = None
         self._grad_norm: float | None = None
         policy = self.accelerator.unwrap_model(self.model)
         self._z_loss = RouterZLoss(policy, args.router_z_loss_coef) if args.router_z_loss_coef else None
         self.probe = EntropyProbe(self, args.probe_sequences, args.probe_every)
-        self.diagnostics = TokenDiagnostics(args.diagnostics)
-        self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config, args.alarm)
         if args.probe_sequences or any("mean_discriminator" in control.needs for control in args.control_list):
             asks = "probe_sequences" if args.probe_sequences else "a control of mean_discriminator"
             require_own_passes(self, asks)
@@ -122,12 +117,22 @@ class PolicyTrainer(ResumingTrainer):
             attach_cpu_engine(self)
         if self.use_vllm:
             self.vllm_generation.sync_weights = self.clock.timed("sync_weights", self.vllm_generation.sync_weights)
-        self.step_metrics: dict[str, float] = {}
-        self.alerts: list[str] = []  # of the step at hand
         self.router_details: dict[str, Any] = {}  # of the step's routers by layer and position
         self.progress = use_own_progress_bar(self)
         self.run_callback = RunCallback(self)
         self.add_callback(self.run_callback)
+
+    def _begin(self) -> None:
+        args = self.args
+        self.meter = StepMeter(self.accelerator)
+        self.guard = StepGuard(self, args.max_skipped_steps)
+        self.diagnostics = TokenDiagnostics(args.diagnostics)
+        self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config, args.alarm)
+        self.step_metrics: dict[str, float] = {}
+        self.alerts: list[str] = []  # of the step at hand
+        self._rollout_step = self._rollout_number = self._saved_step = -1
+        self._parity_checked = False
+        self._buffered_inputs = None
 
     def _construct(self, model: Any, reward_funcs: Any, args: Any, *others: Any, **trl_arguments: Any) -> None:
         """TRL's constructor, which loads the models."""
@@ -244,6 +249,7 @@ class PolicyTrainer(ResumingTrainer):
         }
         if self._grad_norm is not None:
             self.step_metrics["optim/grad_norm"] = self._grad_norm
+        self.step_metrics |= self._other_gradients()
         if self._stages is not None:
             self.step_metrics["reward/stage"] = self._stages.at(self.state.global_step)
         if self.routers is not None:
@@ -261,6 +267,10 @@ class PolicyTrainer(ResumingTrainer):
         self.progress.show(self.step_metrics)
         if step.mismatch is not None:
             check_parity(step.mismatch, engine_tolerance(self), self.state.global_step)
+
+    def _other_gradients(self) -> dict[str, float]:
+        """Norms of gradients beside the policy's, which are clipped by it."""
+        return {}
 
     def alert(self, text: str) -> None:
         """What a person should know: a line of the log, and of the step's record. Called on every rank."""

@@ -41,7 +41,7 @@ class PPOTrainer(PolicyTrainer):
     _name, _tag_names = "PPO", ["rlvr", "ppo"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}  # noqa: RUF012
     critic: OwnCritic | SharedCritic
-    _finite = PolicyTrainer._finite | {"critic/loss"}
+    _finite = PolicyTrainer._finite | {"critic/loss", "critic/grad_norm"}
 
     def _construct(self, model: Any, reward_funcs: Any, args: Any, *others: Any, **trl_arguments: Any) -> None:
         self._check_critic(model, args, trl_arguments)
@@ -193,6 +193,9 @@ class PPOTrainer(PolicyTrainer):
             for name in ("optim/grad_norm", "optim/learning_rate"):  # of the policy, which does not step
                 self.step_metrics.pop(name, None)
         self.step_metrics |= self.critic.step(skip=self._skips)
+
+    def _other_gradients(self) -> dict[str, float]:
+        return {"critic/grad_norm": self.critic.clip()}
 
     # ---------------------------------------------------------------------------------------------- running
 

@@ -1,19 +1,22 @@
 """Checkpoints that are whole, and runs that go on from one as if they had never been stopped."""
 
 import math
+import shutil
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from rlvr.errors import ConfigError, RunError
 from rlvr.monitor.recorder import check_run_dir
 from rlvr.monitor.records import holds_run
 from rlvr.trainers.batch_files import read_batches, write_batches
 from rlvr.trainers.callbacks import NothingLeft, RunCallback
-from rlvr.trainers.checkpoints import STATE, clear_aside, commit, complete_checkpoints, rotate
+from rlvr.trainers.checkpoints import ASIDE, STATE, clear, commit, complete_checkpoints, rotate
 from rlvr.trainers.controlled import ControlledTrainer
 from rlvr.trainers.resume import checkpoint_step, resolve_checkpoint, restarts, saved_state
 
@@ -30,6 +33,8 @@ class ResumingTrainer(ControlledTrainer):
     _saved_step = -1
     _checkpoint: str | None = None  # that the run goes on from
     _sampler: Any = None  # of the training prompts
+    _began = False
+    _buffered_inputs: Any  # TRL's: the micro-batches of the rollout at hand
 
     # ---------------------------------------------------------------------------------------------- writing
 
@@ -54,42 +59,61 @@ class ResumingTrainer(ControlledTrainer):
                 self._aside = None
             if not self.args.save_only_model:
                 self._save_rollout(folder)
-            if self.args.should_save and self.state.best_global_step == step:
+            if self.state.best_global_step == step:
                 self.state.best_model_checkpoint = str(final)
-                self.state.save_to_json(str(folder / STATE))
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / STATE))
 
-        self._write_whole(final, write)
+        self._write_whole(final, final.parent / ASIDE, write)
         self._saved_step = step
         if self.args.should_save:
-            rotate(final.parent, self.args.save_total_limit, [self.state.best_model_checkpoint])
+            rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def export(self, folder: str) -> None:
-        """`save_model`, of which a kill leaves all or nothing."""
-        self._write_whole(Path(folder), lambda written: self.save_model(str(written)))
-
-    def _write_whole(self, final: Path, write: Callable[[Path], None]) -> None:
-        """Let every rank write into one folder, then give it its name. Raises: RunError if that is impossible."""
+    def _finalize_training(self, *args: Any) -> Any:
+        """Without the library's last rotation, which deletes the newest checkpoint where another is the best."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            written = final.parent / ".partial" / final.name
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
+
+    def export(self, folder: str) -> None:
+        """`save_model`, of which a kill leaves all or nothing; it replaces the folder.
+
+        Raises: ConfigError for a folder that holds a run, or more.
+        """
+        final, output_dir = Path(folder).resolve(), Path(self.args.output_dir).resolve()
+        if final == output_dir or final in output_dir.parents or holds_run(final):
+            raise ConfigError(f"folder={folder!r} holds a run, which would be replaced: export to a folder in it")
+        self._write_whole(
+            final, final.with_name(f"{ASIDE}-{final.name}"), lambda written: self.save_model(str(written))
+        )
+
+    def _write_whole(self, final: Path, aside: Path, write: Callable[[Path], None]) -> None:
+        """Let every rank write into one folder aside, then give it its name. Raises: RunError if that cannot be."""
+        try:
+            written = aside / final.name
             if self.args.should_save:
-                clear_aside(final.parent)
+                clear(aside)
             self.accelerator.wait_for_everyone()
             write(written)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 commit(written, final)
             self.accelerator.wait_for_everyone()
-            if self.accelerator.is_local_main_process and written.exists():  # of a machine with a disk of its own
+            # Of a machine with a disk of its own; a shared one may still show what the first process has renamed.
+            if self.accelerator.is_local_main_process and written.exists() and not final.exists():
                 commit(written, final)
         except Exception as error:
-            if self.args.should_save:
-                clear_aside(final.parent)
-            complete = complete_checkpoints(final.parent)
+            complete = complete_checkpoints(self.args.output_dir)
             left = f"{complete[-1].name} is whole: resume from it" if complete else "there is no earlier one"
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise RunError(f"{str(final)!r} could not be written ({reason}); {left} once that is repaired") from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
 
     # ---------------------------------------------------------------------------------------------- the rollout
 
@@ -117,21 +141,45 @@ class ResumingTrainer(ControlledTrainer):
         if self._step % self._micro_batches_per_rollout == 0:
             return
         path = self._rollout_file(checkpoint)
-        shape = (self.args.steps_per_generation, self.args.per_device_train_batch_size)
-        batches, state = read_batches(path, self.accelerator.device) if path.is_file() else ([], {})
-        if not batches or (len(batches), len(batches[0]["prompt_ids"])) != shape:
+        if not path.is_file() or self._changes(checkpoint):
             warnings.warn(
-                f"{checkpoint!r} falls into a rollout that it does not hold for this run (batch sizes or the number "
-                "of processes have changed, or it is of save_only_model): the rollout is made anew",
+                f"{checkpoint!r} falls into a rollout that it does not hold for this run: it is made anew",
                 stacklevel=2,
             )
             return
+        batches, state = read_batches(path, self.accelerator.device)
         self._buffered_inputs = batches
         self._rollout_step, self._rollout_number = state["rollout_step"], state["rollout_number"]
         self.meter.load_state_dict(state["meter"])
         self.run_callback.sampled = state["sampled"]
 
     # ---------------------------------------------------------------------------------------------- going on
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What has to be as it was for a resumed run to be the uninterrupted one."""
+        names = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "steps_per_generation",
+            "num_iterations",
+        )
+        return {name: getattr(self.args, name) for name in names} | {"processes": self.accelerator.num_processes}
+
+    def _changes(self, checkpoint: str) -> dict[str, Any]:
+        """What of the layout was otherwise when the checkpoint was written."""
+        before = saved_state(checkpoint, RunCallback.__name__).get("layout", {})
+        return {name: x for name, x in before.items() if self.layout.get(name) != x}
+
+    def _warn_of_changes(self, checkpoint: str) -> None:
+        if changed := self._changes(checkpoint):
+            now = ", ".join(f"{name}={self.layout.get(name)} (was {x})" for name, x in changed.items())
+            warnings.warn(f"resumed with {now}: training goes on, but not as it would have", stacklevel=3)
+        if saved_state(checkpoint, RunCallback.__name__).get("only_model"):
+            warnings.warn(
+                f"{checkpoint!r} is of save_only_model: optimizer, schedule and random numbers start afresh",
+                stacklevel=3,
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's `train`; `resume_from_checkpoint` defaults to the config's, True or "latest" means the newest one,
@@ -145,7 +193,12 @@ class ResumingTrainer(ControlledTrainer):
         self.accelerator.wait_for_everyone()  # what the first process writes now must not be what another one finds
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
-        if self.is_world_process_zero() and not self.run_callback.is_open:
+            self._warn_of_changes(checkpoint)
+            self.args.eval_on_start = False  # that was before the checkpoint
+        if self._began:
+            self._begin()  # what an interrupted call has left is of no use
+        self._began = True
+        if self.is_world_process_zero() and not (self.run_callback.is_open and checkpoint is None):
             again = restarts(requested) and holds_run(output_dir)
             check_run_dir(output_dir, resume=checkpoint is not None or again)
             self.run_callback.open(checkpoint_step(checkpoint) if checkpoint is not None else 0 if again else None)
@@ -156,10 +209,17 @@ class ResumingTrainer(ControlledTrainer):
                 self.guard.in_a_row = state.get("skipped_in_a_row", 0)
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except NothingLeft:
-            return self.run_callback.finish("finished")
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            self.run_callback.finish("finished")
+            return TrainOutput(self.state.global_step, 0.0, {})
         except BaseException as error:
             self.run_callback.fail(error)
             raise
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Make what a run adds up as it goes: meters, guard, controls."""
 
     def start(self) -> None:
         """Training begins: model and optimizer are wrapped, and are what `self._checkpoint` holds if there is one.

@@ -121,7 +121,7 @@ class Steering:
         thermostat = None
         if self.thermostat is not None and self._state is not None:
             thermostat = {"settings": self._range(), "value": self._lever().value, "state": asdict(self._state)}
-        alarm = {"outside": self._outside, "engaged": self._engaged}
+        alarm = {"outside": self._outside, "set_off": self._engaged and self.alarm.action == "thermostat"}
         return {"controls": moved, "thermostat": thermostat, "alarm": alarm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ class Steering:
         """
         alarm = state.get("alarm", {})
         self._outside = alarm.get("outside", 0)
-        self._engaged = self._engaged or alarm.get("engaged", False)
+        self._engaged = self._engaged or alarm.get("set_off", False)
         for name, changes in state.get("controls", {}).items():
             if name in self.controls:
                 control: Any = self.controls[name]

@@ -1,5 +1,6 @@
 """What a policy's tokenizer must have, and which prompts do not fit, seen before the model is loaded."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,31 +40,41 @@ def check_tokens(model: Any, processing_class: Any, args: Any, datasets: Mapping
     if limit is None:
         return
     for label, dataset in datasets.items():
-        if dataset is not None and "prompt" in dataset.column_names:
-            _check_prompts(label, dataset["prompt"], tokenizer, limit, args.max_completion_length)
+        if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+            _check_prompts(label, dataset["prompt"], tokenizer, limit - args.max_completion_length, args)
 
 
-def _check_prompts(label: str, prompts: Any, tokenizer: Any, limit: int, completion: int) -> None:
-    long = list(_too_long(prompts, tokenizer, limit - completion))
-    if long:
-        number, tokens = long[0]
-        raise ConfigError(
-            f"{label}: {len(long)} prompts are too long, the first in row {number} with {tokens} tokens: beside "
-            f"max_completion_length={completion} there is room for {limit - completion}; remove them, lower "
-            "max_completion_length, or raise vllm_max_model_length if that is the limit"
-        )
+def _check_prompts(label: str, prompts: Any, tokenizer: Any, room: int, args: Any) -> None:
+    long = list(_too_long(prompts, tokenizer, room))
+    if not long:
+        return
+    number, tokens = long[0]
+    told = (
+        f"{label}: {len(long)} prompts are too long, the first in row {number} with {tokens} tokens: beside "
+        f"max_completion_length={args.max_completion_length} there is room for {room}; remove them, or lower "
+        "max_completion_length"
+    )
+    if not args.use_vllm:  # some models go on beyond the positions that they were made for
+        warnings.warn(told, stacklevel=5)
+        return
+    raise ConfigError(f"{told}, or raise vllm_max_model_length if that is the limit")
 
 
 def _too_long(prompts: Any, tokenizer: Any, room: int) -> Iterator[tuple[int, int]]:
-    """Rows, counted from 1, and their numbers of tokens. A token is a byte at least."""
+    """Rows, counted from 1, and their numbers of tokens. A token is a byte at least: most need no tokenizer."""
+    numbers, texts, templated = [], [], False
     for number, prompt in enumerate(prompts, 1):
         parts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         if not all(isinstance(part, str) for part in parts):  # images
             continue
         if sum(len(part.encode(errors="replace")) for part in parts) + TEMPLATE_TOKENS <= room:
             continue
-        if not isinstance(prompt, str):
+        templated = not isinstance(prompt, str)  # all rows of a column are of one kind
+        if templated:
             prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        tokens = len(tokenizer(prompt)["input_ids"])
-        if tokens > room:
-            yield number, tokens
+        numbers.append(number)
+        texts.append(prompt)
+    found = tokenizer(texts, add_special_tokens=not templated)["input_ids"] if texts else []
+    for number, ids in zip(numbers, found, strict=True):
+        if len(ids) > room:
+            yield number, len(ids)
