@@ -24,6 +24,7 @@ def main(model_dir: str, out: str, settings: str) -> None:
         history = [entry for entry in one.state.log_history if "loss" in entry]
         torch.save({"weights": trained, "history": history}, f"{out}/result.pt")
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # or gloo's threads of a rank that is still at work abort it
         torch.distributed.destroy_process_group()
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = {
     "types",
     "errors",
+    "alarm",
     "advantages",
     "surrogates",
     "objective",
@@ -35,11 +36,14 @@ PARTS: dict[str, set[str]] = {
     "integrations": set(),
     "mole": set(),
     "monitor": set(),
+    "planning": set(),
     "rewards": {"verifier_pool"},
     "rollout": set(),
-    "tasks": {"child_process", "rewards", "verifier_pool", "verifiers"},
-    "verifier_pool": {"child_process"},
-    "verifier_worker": {"child_process", "verifiers"},
+    "tasks": {"child_process", "rewards", "verifier_fence", "verifier_pool", "verifiers"},
+    "verifier_fence": {"child_process"},
+    "verifier_pool": {"child_process", "verifier_fence", "verifier_process"},
+    "verifier_process": {"child_process"},
+    "verifier_worker": {"child_process", "verifier_fence", "verifiers"},
     "verifiers": {"child_process"},
 }
 TOP = {"trainers", "cli"}

@@ -20,6 +20,7 @@ from rlvr.thermostat import Thermostat
 from rlvr.trainers.adapters import AdapterFields
 from rlvr.trainers.batches import check_batches, check_resolved_batches
 from rlvr.trainers.control_choice import check_controls, check_updates, choose_alarm, choose_thermostat
+from rlvr.trainers.launch_modes import check_launch, check_offload
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
@@ -184,6 +185,9 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
     def _resolve(self) -> None:
         """TRL's own checks, which fill in the batch sizes."""
         super().__post_init__()
+        if plugin := getattr(self, "deepspeed_plugin", None):
+            optim = getattr(self.optim, "value", self.optim)
+            check_offload(str(optim), plugin.deepspeed_config.get("zero_optimization", {}))
 
     def check_data(self, columns: Sequence[str], rows: int) -> None:
         """Refuse training data with which TRL would train nothing. Raises: ConfigError."""
@@ -210,8 +214,7 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} is refused: {why}")
         if self.loss_type not in LOSS_TYPES:
             raise ConfigError(f"loss_type={self.loss_type!r}: rlvr keeps {', '.join(LOSS_TYPES)} of TRL's loss types")
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
-            raise ConfigError("FSDP needs an accelerator: on a CPU accelerate trains unsharded copies; use cpu2.yaml")
+        check_launch(os.environ, torch.accelerator.is_available())
         if self.use_liger_kernel:
             raise ConfigError(
                 "use_liger_kernel=True is refused: it replaces the forward that measures entropy; unset it"

@@ -1,8 +1,10 @@
 """Supervised fine-tuning on the solved rows of a task, with the auxiliary losses of a mixture of LoRA experts."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
@@ -13,6 +15,7 @@ from rlvr.mole.tracker import RouterTracker
 from rlvr.tasks.load import Task
 from rlvr.trainers.adapters import AdapterFields, choose_adapter
 from rlvr.trainers.distributed import AcceleratorReduce, reduce_means
+from rlvr.trainers.launch_modes import check_launch
 from rlvr.types import Mean
 
 
@@ -22,6 +25,7 @@ class SFTConfig(AdapterFields, trl.SFTConfig):
 
     def __post_init__(self) -> None:
         _ = self.mole_config  # which checks itself
+        check_launch(os.environ, torch.accelerator.is_available())
         super().__post_init__()
 
 
