@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from rlvr import GRPOConfig
 from rlvr.errors import ConfigError
 from rlvr.trainers.launch_modes import check_launch, check_offload
 
 ROOT = Path(__file__).parents[1]
 ASK = """
 import os
+from rlvr import GRPOConfig
 from rlvr.errors import ConfigError
 from rlvr.trainers.launch_modes import check_launch
 try:
@@ -117,3 +119,19 @@ def test_accelerate_makes_adam_of_sgd() -> None:
 
     given = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4))], lr=0.1)
     assert isinstance(map_pytorch_optim_to_deepspeed(given), DeepSpeedCPUAdam)
+
+
+def test_processes_of_srun_alone_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"srun started 8 processes that do not know of each other"):
+        check_launch({"SLURM_STEP_NUM_TASKS": "8"}, has_accelerator=True)
+    check_launch({"SLURM_STEP_NUM_TASKS": "8", "WORLD_SIZE": "8"}, has_accelerator=True)
+    check_launch({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, has_accelerator=True)
+
+
+def test_a_launch_of_another_precision_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match=r"bf16=False, but the launch computes in bf16: add --mixed_precision no"):
+        GRPOConfig(output_dir=str(tmp_path), bf16=False)
+    GRPOConfig(output_dir=str(tmp_path), bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    GRPOConfig(output_dir=str(tmp_path), bf16=True)

@@ -17,7 +17,7 @@ import torch
 from plan_cases import EXPERTS, MODELS, build, micro_batch, peak_of
 
 from rlvr.planning import ModelShape, Settings, memory
-from rlvr.planning.memory import DTYPES, GIB, Weights, head_bytes, held
+from rlvr.planning.memory import GIB, Weights, head_bytes, held, pass_moments
 from rlvr.trainers import model_shape
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +40,7 @@ def settings_and_shape(name: str, monkeypatch: pytest.MonkeyPatch, **settings: A
 
 def predicted_pass(settings: Settings, shape: ModelShape, *, in_half: bool = False, tile_of: str = "chunked") -> float:
     """What `_estimate` takes for a pass, with the head's tiles of the device."""
-    passes = shape.passes_in_half if in_half else shape.passes
-    width = 2 if in_half else DTYPES[settings.dtype]
-    tied = width * shape.head if shape.tied and not shape.adapters else 0
-    head = head_bytes(shape, settings, tile_of=tile_of, replicated=not in_half)
-    return max(passes.forward, passes.saved + head, passes.backward + tied)
+    return max(pass_moments(shape, settings, replicated=not in_half, tile_of=tile_of).values())
 
 
 @pytest.mark.parametrize(

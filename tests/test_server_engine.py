@@ -114,7 +114,7 @@ def test_worker_loads_from_its_own_path_alone(probe: ServerProbe, tmp_path: Path
         [told] = client.post("/collective_rpc", {"method": "rlvr_load", "args": [path, True]})["results"]
         assert told["another"] and "is not where this server takes weights" in told["error"]
     own.symlink_to(foreign)
-    [told] = client.post("/collective_rpc", {"method": "rlvr_load", "args": [str(own), True]})["results"]
+    [told] = client.post("/collective_rpc", {"method": "rlvr_load", "args": [str(own), True, "x"]})["results"]
     assert "is not a plain file of this user" in told["error"]
     assert foreign.exists() and not own.is_symlink()
     assert probe.difference() <= 1e-4  # none of it was loaded

@@ -24,6 +24,7 @@ class Vllm:
     def __init__(self, tmp_path: Path) -> None:
         self.weights, self.restarts, self.seeds, self.loaded = "default", 0, [], 0
         self.folder, self.dtype = tmp_path, "float32"
+        self.sampling, self.pause = 0, 0.0  # completions at work; seconds that each takes
         self.fault: Callable[[str], tuple[int, Any] | None] = lambda path: None
         self.http: ThreadingHTTPServer | None = None
         self.port = 0
@@ -63,6 +64,9 @@ class Vllm:
         if path == "/inference/v1/generate":
             seed = body["sampling_params"]["seed"]
             self.seeds.append(seed)
+            self.sampling += 1
+            time.sleep(self.pause)
+            self.sampling -= 1
             told = {"content": [{"token_id": seed % 100, "logprob": -0.5}]}
             span = {"version": self.weights, "start": 0, "end": 1}
             return {"choices": [{"token_ids": [seed % 100], "finish_reason": "stop", "logprobs": told,
@@ -74,9 +78,9 @@ class Vllm:
         if "method" in body and body["args"][0] != str(where):
             return {"results": [{"error": "not here", "another": True}]}
         if body.get("method") == "rlvr_load":
-            assert dict(weight_file.read(where)).keys() == {"w"}
+            assert dict(weight_file.read(where, body["args"][2])).keys() == {"w"}
             self.loaded += 1
-        return {"success": True, "results": [{"error": None}]}
+        return {"success": self.sampling == 0, "results": [{"error": None}]}
 
 
 @pytest.fixture
@@ -110,7 +114,7 @@ def test_a_lost_request_is_repeated_with_its_seeds_after_a_new_sync(fault: Any, 
     torch.manual_seed(3)
     expected = one.generate([[1], [2], [3]], None, 1)
     torch.manual_seed(3)
-    vllm.fault = once(fault, GENERATE)
+    vllm.fault, vllm.pause = once(fault, GENERATE), 0.5  # its siblings are still at work when one is lost
     assert one.generate([[1], [2], [3]], None, 1) == expected
     assert one.num_restarts == 1 and one.num_syncs == 2 == vllm.loaded
     assert noticed == [1]  # before the weights went there again

@@ -121,6 +121,24 @@ def estimates(shape: ModelShape, settings: Settings) -> list[Estimate]:
     return [_estimate(name, shape, settings) for name in names]
 
 
+def pass_moments(
+    shape: ModelShape, settings: Settings, *, replicated: bool, tile_of: str = "triton"
+) -> dict[str, float]:
+    """Bytes that a pass keeps beside the weights, by moment.
+
+    replicated: each process has the weights whole, as they were loaded.   tile_of: the head's backend.
+    """
+    passes = shape.passes if replicated else shape.passes_in_half
+    width = DTYPES[settings.dtype] if replicated else HALF
+    tied = width * shape.head if shape.tied and not shape.adapters else 0  # its gradient waits for the embedding's
+    of_head = head_bytes(shape, settings, tile_of=tile_of, replicated=replicated)
+    return {
+        "forward": passes.forward,
+        "head": passes.saved + of_head,
+        "backward": passes.backward + tied,
+    }
+
+
 def _estimate(strategy: str, shape: ModelShape, settings: Settings) -> Estimate:
     policy = held(strategy, Weights(shape.total, shape.adapters or shape.parameters), shape, settings)
     others = Held()
@@ -129,17 +147,8 @@ def _estimate(strategy: str, shape: ModelShape, settings: Settings) -> Estimate:
         for name in Held.__slots__:
             setattr(others, name, getattr(others, name) + getattr(one, name))
     replicated = strategy in ("one_gpu", "ddp")
-    passes = shape.passes if replicated else shape.passes_in_half
-    of_head = head_bytes(shape, settings, tile_of="triton", replicated=replicated)
     always = policy.always + others.always + CONTEXT
-    tied = (
-        HALF * shape.head if shape.tied and not shape.adapters else 0
-    )  # the head's gradient waits for the embedding's
-    moments = {
-        "forward": passes.forward,
-        "head": passes.saved + of_head,
-        "backward": passes.backward + tied,
-    }
+    moments = pass_moments(shape, settings, replicated=replicated)
     phases = {name: always + policy.buffers + others.buffers + x for name, x in moments.items()}
     phases["step"] = always + policy.step + others.step
     rollout = always + _rollout(strategy, shape, settings)

@@ -26,6 +26,9 @@ OF_PPO = frozenset(
 )
 UNKNOWN_HERE = {
     "mole": "mixtures of LoRA experts are not planned: use_peft with lora_r = num_experts * r is near",
+    "use_trl_head": "TRL's head, which holds logits, is not planned: unset it",
+    "lora_modules_to_save": "modules that are trained whole beside adapters are not planned: unset it",
+    "use_dora": "DoRA is not planned: unset it",
     "load_in_4bit": "quantized weights are not planned: unset it",
     "load_in_8bit": "quantized weights are not planned: unset it",
 }

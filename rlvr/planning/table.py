@@ -101,9 +101,10 @@ def _command(strategy: str, settings: Settings, words: Sequence[str]) -> str:
         several = f" --num_machines {settings.nodes} --machine_rank R --main_process_ip HOST --main_process_port 29500"
         several += " --deepspeed_multinode_launcher standard" if strategy.startswith("zero") else ""
     processes = "" if strategy == "one_gpu" else f" --num_processes {settings.gpus}"  # of all machines
+    several += " --mixed_precision no" if settings.bf16 is False else ""
     first = f"accelerate launch --config_file recipes/accelerate/{strategy}.yaml{processes}{several}"
     lines = [*_wrapped(first.split()), *_wrapped([script, *words])]
-    where = "\n(on each machine, R its number, HOST the address of machine 0)" if several else ""
+    where = "\n(on each machine, R its number, HOST the address of machine 0)" if settings.nodes > 1 else ""
     return " \\\n".join(lines) + where
 
 

@@ -54,6 +54,7 @@ def serve(model: str, host: str, port: int, options: EngineOptions) -> NoReturn:
             flush=True,
         )
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    quiet["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "3600"  # seconds: connections wait for a training step between rollouts
     needed = {"VLLM_SERVER_DEV_MODE": "1", SERVER: str(os.getpid())}
     argv = command(model, host, port, options)
     os.execve(argv[0], argv, {**quiet, **os.environ, **needed})

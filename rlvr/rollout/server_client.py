@@ -3,6 +3,7 @@
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +52,10 @@ class ServerClient:
             cause = getattr(error.args[0], "reason", error) if error.args else error
             raise ServerLost(_one_line(cause) or type(error).__name__) from error
         if answer.ok:
-            return answer.json()
+            try:
+                return answer.json()
+            except ValueError as error:
+                raise ConfigError(f"the server at {self.url} is not vLLM's ({_one_line(error)}): {START}") from error
         said = f"POST {path}: {answer.status_code} {_one_line(answer.text)}"
         if answer.status_code in (403, 404, 405):
             raise ConfigError(f"the server at {self.url} is not one that takes weights ({said}): {START}")
@@ -77,13 +81,13 @@ class ServerClient:
         self.post("/update_weight_version", {"new_version": f"a part of {version}"}, self.timeout)
         try:
             for number, part in enumerate(weight_file.parts(parameters)):
-                weight_file.write(Path(path), part)
-                self._told(self._call("rlvr_load", path, number == 0))
+                weight_file.write(Path(path), part, version)
+                self._told(self._call("rlvr_load", path, number == 0, version))
         finally:
             Path(path).unlink(missing_ok=True)
-        self._told(self._call("rlvr_finish", path))
+        self._told(self._call("rlvr_finish", path, version))
         if not self.post("/reset_prefix_cache", {}, self.timeout)["success"]:
-            raise RunError(f"the server at {self.url} is sampling for someone else: start one server for each run")
+            raise ServerLost("it is still sampling, for another run or what was given up")
         self.post("/update_weight_version", {"new_version": version}, self.timeout)
 
     def sample(self, prompt: Sequence[int], settings: dict[str, Any]) -> tuple[list[int], list[float], set[str]]:
@@ -109,6 +113,8 @@ class ServerClient:
 
     def _call(self, method: str, *arguments: Any) -> dict[str, Any]:
         answer = self.post("/collective_rpc", {"method": method, "args": arguments}, self.timeout)
+        if not isinstance(answer, dict) or not answer.get("results"):
+            raise ConfigError(f"the server at {self.url} is not one that takes weights: {START}")
         found: dict[str, Any] = answer["results"][0]
         return found
 
@@ -127,10 +133,11 @@ def in_threads(
     pulse: Callable[[], object],
     every: float,
 ) -> list[Result]:
-    """work(item) of each, at most `most` at a time, results in order; the first error is raised at once.
+    """work(item) of each, at most `most` at a time, results in order. The first error is raised when what is already
+    at work has ended, or after `every` seconds: until then the server is busy.
 
     pulse: called after each `every` seconds without a result; may raise.
-    The threads are daemons, which an error, Ctrl-C or the interpreter's exit leave alone with what they wait for.
+    The threads are daemons, which Ctrl-C or the interpreter's exit leave alone with what they wait for.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Any, Exception | None]] = queue.SimpleQueue()
@@ -149,8 +156,9 @@ def in_threads(
             except Exception as error:
                 done.put((number, None, error))
 
-    for _ in range(min(most, len(items))):
-        threading.Thread(target=run, daemon=True).start()
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(most, len(items)))]
+    for thread in threads:
+        thread.start()
     results: dict[int, Any] = {}
     try:
         while len(results) < len(items):
@@ -162,6 +170,12 @@ def in_threads(
             if error is not None:
                 raise error
             results[number] = results_of
+    except Exception:
+        given_up.set()
+        leave = time.monotonic() + every
+        for thread in threads:
+            thread.join(max(0.0, leave - time.monotonic()))
+        raise
     finally:
         given_up.set()
     return [results[number] for number in range(len(items))]

@@ -223,7 +223,9 @@ class ServerEngine:
                 "max_completion_length"
             )
         answers = self._client.sample_all(requests)
-        for version in {version for _, _, versions in answers for version in versions} - {self._version}:
+        for version in {version for _, _, versions in answers for version in versions or {"default"}} - {
+            self._version
+        }:
             if version == "default" or self._run in version:
                 raise ServerLost("it was started again, with its checkpoint's weights")
             raise RunError(

@@ -26,9 +26,15 @@ atexit.register(_PATH.unlink, missing_ok=True)
 def _end_with(server: int, engine: int) -> None:
     """Wait for the server's end and end what it would leave behind if it was killed: the engine, and this worker."""
     with contextlib.suppress(ProcessLookupError):
-        watched = select.poll()
-        watched.register(os.pidfd_open(server), select.POLLIN)
-        watched.poll()
+        try:
+            watched = select.poll()
+            watched.register(os.pidfd_open(server), select.POLLIN)
+            watched.poll()
+        except ProcessLookupError:
+            raise
+        except OSError:  # an old kernel
+            while os.path.exists(f"/proc/{server}"):
+                time.sleep(1.0)
     _PATH.unlink(missing_ok=True)
     for how in (signal.SIGTERM, signal.SIGKILL):
         if os.getppid() == engine:
@@ -49,6 +55,7 @@ class ServerWorker:
     """
 
     rlvr_loaded: set[str]
+    rlvr_version: str
 
     def rlvr_state(self) -> dict[str, Any]:
         """What a client must know; a server that was started again has another path."""
@@ -63,19 +70,28 @@ class ServerWorker:
             "config": config.hf_text_config.to_dict(),
         }
 
-    def rlvr_load(self, path: str, first: bool) -> dict[str, Any]:
+    def rlvr_load(self, path: str, first: bool, version: str = "") -> dict[str, Any]:
         """Load a part of new weights. path: where it is, which must be where this worker said."""
-        return self._rlvr_answer(path, lambda model: self._rlvr_load(model, first))
+        return self._rlvr_answer(path, lambda model: self._rlvr_load(model, first, version))
 
-    def rlvr_finish(self, path: str) -> dict[str, Any]:
+    def rlvr_finish(self, path: str, version: str = "") -> dict[str, Any]:
         """After the last part: every weight must have been reached."""
-        return self._rlvr_answer(path, lambda model: finish(model, self.rlvr_loaded))
+        return self._rlvr_answer(path, lambda model: self._rlvr_finish(model, version))
 
-    def _rlvr_load(self, model: Any, first: bool) -> None:
+    def _rlvr_load(self, model: Any, first: bool, version: str) -> None:
         if first:
             require_loadable(model)
-            self.rlvr_loaded = set()
-        self.rlvr_loaded |= load_some(model, weight_file.read(_PATH))
+            self.rlvr_loaded, self.rlvr_version = set(), version
+        self._rlvr_require(version)
+        self.rlvr_loaded |= load_some(model, weight_file.read(_PATH, version))
+
+    def _rlvr_finish(self, model: Any, version: str) -> None:
+        self._rlvr_require(version)
+        finish(model, self.rlvr_loaded)
+
+    def _rlvr_require(self, version: str) -> None:
+        if version != self.rlvr_version:
+            raise ValueError("another run sends weights to this server: start one server for each run")
 
     def _rlvr_answer(self, path: str, work: Any) -> dict[str, Any]:
         worker: Any = self

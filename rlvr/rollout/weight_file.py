@@ -38,15 +38,18 @@ def parts(parameters: Iterable[tuple[str, Tensor]], most: int = PART_BYTES) -> I
     yield part
 
 
-def write(path: Path, part: dict[str, Tensor]) -> None:
-    """Put a part at the agreed path, for this user's eyes only. Raises: RuntimeError if shared memory is full."""
+def write(path: Path, part: dict[str, Tensor], version: str = "") -> None:
+    """Put a part at the agreed path, for this user's eyes only. Raises: RuntimeError if shared memory is full.
+
+    version: of the weights, which its reader must expect.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
-        save_file(part, path)
+        save_file(part, path, metadata={"version": version})
     except (OSError, SafetensorError) as error:
         need = sum(tensor.nbytes for tensor in part.values())
         raise RuntimeError(
@@ -55,8 +58,10 @@ def write(path: Path, part: dict[str, Tensor]) -> None:
         ) from error
 
 
-def read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the part at the agreed path. Raises: ValueError unless it is a plain file of this user."""
+def read(path: Path, version: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the part at the agreed path. Raises: ValueError unless it is a plain file of this user, and of
+    that version.
+    """
     from safetensors import safe_open
 
     try:
@@ -66,5 +71,7 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
         raise ValueError(f"{path} is not a plain file of this user: it is not loaded")
     with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("version") != version:
+            raise ValueError("another run sends weights to this server: start one server for each run")
         for name in file.keys():  # noqa: SIM118  it is no mapping
             yield name, file.get_tensor(name)

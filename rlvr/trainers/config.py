@@ -20,7 +20,7 @@ from rlvr.thermostat import Thermostat
 from rlvr.trainers.adapters import AdapterFields
 from rlvr.trainers.batches import check_batches, check_resolved_batches
 from rlvr.trainers.control_choice import check_controls, check_updates, choose_alarm, choose_thermostat
-from rlvr.trainers.launch_modes import check_launch, check_offload
+from rlvr.trainers.launch_modes import check_deepspeed, check_launch, check_precision
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
@@ -185,9 +185,8 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
     def _resolve(self) -> None:
         """TRL's own checks, which fill in the batch sizes."""
         super().__post_init__()
-        if plugin := getattr(self, "deepspeed_plugin", None):
-            optim = getattr(self.optim, "value", self.optim)
-            check_offload(str(optim), plugin.deepspeed_config.get("zero_optimization", {}))
+        check_precision(self)
+        check_deepspeed(self)
 
     def check_data(self, columns: Sequence[str], rows: int) -> None:
         """Refuse training data with which TRL would train nothing. Raises: ConfigError."""

@@ -27,9 +27,37 @@ def check_launch(environ: Mapping[str, str], has_accelerator: bool) -> None:
     if one and "MASTER_ADDR" in environ:
         several = "ddp.yaml" if has_accelerator else "cpu2.yaml"
         raise ConfigError(
-            f"num_processes: accelerate was asked for several and started one; launch with --config_file "
-            f"recipes/accelerate/{several} --num_processes N (for one process: --num_processes 1, MASTER_ADDR unset)"
+            "num_processes: accelerate was asked for several and started one, or MASTER_ADDR is exported; launch with "
+            f"--config_file recipes/accelerate/{several} --num_processes N (one process: 1, and MASTER_ADDR unset)"
         )
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1 and not any(name in environ for name in WORLD_SIZES):
+        raise ConfigError(
+            f"srun started {tasks} processes that do not know of each other: start one launcher per machine, "
+            "srun --ntasks-per-node=1 bash -c 'accelerate launch ... --machine_rank $SLURM_NODEID ...'"
+        )
+
+
+def check_precision(args: Any) -> None:
+    """Refuse a launch file that computes in another precision than the settings say. Raises: ConfigError.
+
+    args: TrainingArguments, which silently take the file's where it is the coarser one.
+    """
+    wanted = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if args.mixed_precision != wanted:
+        raise ConfigError(
+            f"bf16={args.bf16}, but the launch computes in {args.mixed_precision}: add --mixed_precision {wanted} to "
+            "accelerate launch, or set bf16: true"
+        )
+
+
+def check_deepspeed(args: Any) -> None:
+    """`check_offload` of TrainingArguments. Raises: ConfigError."""
+    if plugin := getattr(args, "deepspeed_plugin", None):
+        optim = getattr(args.optim, "value", args.optim)
+        settings = plugin.deepspeed_config
+        if settings.get("zero_force_ds_cpu_optimizer", True):
+            check_offload(str(optim), settings.get("zero_optimization", {}))
 
 
 def check_offload(optim: str, zero_optimization: Mapping[str, Any]) -> None:

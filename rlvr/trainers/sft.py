@@ -15,7 +15,7 @@ from rlvr.mole.tracker import RouterTracker
 from rlvr.tasks.load import Task
 from rlvr.trainers.adapters import AdapterFields, choose_adapter
 from rlvr.trainers.distributed import AcceleratorReduce, reduce_means
-from rlvr.trainers.launch_modes import check_launch
+from rlvr.trainers.launch_modes import check_deepspeed, check_launch, check_precision
 from rlvr.types import Mean
 
 
@@ -27,6 +27,8 @@ class SFTConfig(AdapterFields, trl.SFTConfig):
         _ = self.mole_config  # which checks itself
         check_launch(os.environ, torch.accelerator.is_available())
         super().__post_init__()
+        check_precision(self)
+        check_deepspeed(self)
 
 
 class SFTTrainer(trl.SFTTrainer):
