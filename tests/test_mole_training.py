@@ -206,11 +206,22 @@ def test_bad_settings_are_refused_in_one_line(
         assert part in str(error.value)
 
 
-def test_an_engine_without_the_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"would sample without the experts.* set use_vllm: false"):
-        require_engine_of_experts(SimpleNamespace(use_vllm=True), own_engine=False)  # type: ignore[arg-type]
-    require_engine_of_experts(SimpleNamespace(use_vllm=True), own_engine=True)  # type: ignore[arg-type]
-    require_engine_of_experts(SimpleNamespace(use_vllm=False), own_engine=False)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("mode", "own_engine", "use_vllm", "refused"),
+    [
+        ("colocate", False, True, True),  # TRL's, on CUDA
+        ("server", True, True, True),
+        ("colocate", True, True, False),
+        ("colocate", False, False, False),
+    ],
+)
+def test_an_engine_without_the_experts_is_refused(mode: str, own_engine: bool, use_vllm: bool, refused: bool) -> None:
+    args: Any = SimpleNamespace(use_vllm=use_vllm, vllm_mode=mode)
+    if refused:
+        with pytest.raises(ConfigError, match=r"would sample without the experts.* set use_vllm: false"):
+            require_engine_of_experts(args, own_engine)
+    else:
+        require_engine_of_experts(args, own_engine)
 
 
 def test_settings_are_enough_for_a_mixture(tiny_model_dir: Path, tmp_path: Path) -> None:
