@@ -166,7 +166,7 @@ def soak(out: Path, minutes: float, seed: int, mean_seconds: float, engine: str)
                 faults[name] += 1
                 print(f"{elapsed(began)}  step {seen}: {name}", flush=True)
         interrupt(training)
-        training.process.wait(60)
+        training.process.wait(PATIENCE)
     finally:
         training.process.kill()
         if server is not None:
