@@ -1,4 +1,4 @@
-"""Says when entropy has collapsed or exploded."""
+"""Alerts, and the alarms that give them: of entropy that has left its limits, of an engine that is not the trainer."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,24 @@ from rlvr.errors import RunError
 
 class EntropyAlarmError(RunError):
     """Entropy has stayed outside the limits of an alarm whose action is `stop`."""
+
+
+KINDS = ("collapse", "explosion", "mismatch", "stall", "thermostat", "skipped", "reward", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What a person should know of an optimizer step.
+
+    kind: one of KINDS.   message: a sentence.   Raises: ValueError for another kind.
+    """
+
+    kind: str
+    message: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: must be one of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +57,43 @@ class EntropyAlarm:
 
         outside: of `steps_outside`, this step included.
         """
-        times, rest = divmod(abs(outside), self.patience)
-        if rest or not times or times & (times - 1):
+        if not _due(abs(outside), self.patience):
             return None
         what, limit = ("collapsed", f"below {self.low:g}") if outside < 0 else ("exploded", f"above {self.high:g}")
         return f"entropy has {what}: {entropy:.4f} nats, {limit} for {abs(outside)} steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MismatchAlarm:
+    """Speaks once engine and trainer have been too far apart for `patience` optimizer steps in a row.
+
+    limit: of the KL from engine to trainer, nats; infinite: never.   Raises: ValueError.
+    """
+
+    limit: float = 0.01
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0 or self.patience < 1:
+            raise ValueError(f"limit={self.limit}, patience={self.patience}: need limit > 0 nats, patience >= 1 step")
+
+    def message(self, above: int, kl: float) -> str | None:
+        """A sentence after `patience` steps above the limit, and again after twice, four times, ... as many.
+
+        above: steps in a row, this one included.
+        """
+        if not _due(above, self.patience):
+            return None
+        return (
+            f"engine and trainer drift apart: KL {kl:.4g} nats, above {self.limit:g} for {above} steps; "
+            "correct for it (controls tis, icepop, mis) or let both compute in one dtype"
+        )
+
+
+def _due(steps: int, patience: int) -> bool:
+    """Whether what has lasted so many steps is to be said: after `patience`, and twice, four times, ... as many."""
+    times, rest = divmod(steps, patience)
+    return not rest and times > 0 and not times & (times - 1)
 
 
 def steps_outside(before: int, entropy: float, low: float, high: float) -> int:

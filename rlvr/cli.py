@@ -37,6 +37,20 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
     summary.set_defaults(run=_summary)
 
+    watch = commands.add_parser("watch", help="follow a run in the terminal until it has ended, or Ctrl-C")
+    watch.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of the run")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between looks (%(default)s)")
+    watch.add_argument("--once", action="store_true", help="print how it stands now, and exit")
+    watch.set_defaults(run=_watch)
+
+    dashboard = commands.add_parser("dashboard", help="show the plots of all runs in a browser, while they train")
+    dashboard.add_argument(
+        "runs_dir", metavar="RUNS_DIR", help="a folder with the output_dirs of runs, or one of them"
+    )
+    dashboard.add_argument("--host", default="127.0.0.1", help="who can reach it can read completions (%(default)s)")
+    dashboard.add_argument("--port", type=int, default=7860, help="0 takes a free one (%(default)s)")
+    dashboard.set_defaults(run=_dashboard)
+
     metrics = commands.add_parser("metrics", help="print every metric with its unit and meaning")
     metrics.set_defaults(run=_metrics)
 
@@ -77,6 +91,18 @@ def _summary(arguments: argparse.Namespace) -> None:
     from rlvr.monitor.summary import format_summary, summarize
 
     print(format_summary(summarize(arguments.run_dir)))
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from rlvr.monitor.watch import watch
+
+    watch(arguments.run_dir, arguments.interval, arguments.once)
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from rlvr.monitor.dashboard.server import dashboard
+
+    dashboard(arguments.runs_dir, arguments.host, arguments.port)
 
 
 def _metrics(arguments: argparse.Namespace) -> None:

@@ -69,20 +69,35 @@ def doubling_edges(first: int, longest: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def entropy_by_position(position: Tensor, entropy: Tensor, edges: Sequence[int]) -> tuple[Mean, ...]:
-    """Mean entropy of the tokens in each bin of positions, as (sum, count).
+def mean_by_position(position: Tensor, values: Tensor, edges: Sequence[int]) -> tuple[Mean, ...]:
+    """Mean value of the tokens in each bin of positions, as (sum, count).
 
-    position: [N], int64, of the token in its response.   entropy: [N], nats.   edges: where the bins begin, increasing
-    from 0; the last bin has no end, so that every token is in one.
+    position: [N], int64, of the token in its response.   values: [N], such as entropies.   edges: where the bins
+    begin, increasing from 0; the last bin has no end, so that every token is in one.
     Raises: ValueError if edges do not start at 0 or do not increase, or shapes differ.
     """
     if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"edges={tuple(edges)}: must start at 0 and increase")
-    if position.shape != entropy.shape:
-        raise ValueError(f"position has shape {tuple(position.shape)}, entropy has {tuple(entropy.shape)}")
+    if position.shape != values.shape:
+        raise ValueError(f"position has shape {tuple(position.shape)}, values have {tuple(values.shape)}")
     starts = torch.tensor(edges[1:], dtype=position.dtype, device=position.device)
     index = torch.bucketize(position, starts, right=True)
-    return tuple(Mean.of(entropy[index == i]) for i in range(len(edges)))
+    return tuple(Mean.of(values[index == i]) for i in range(len(edges)))
+
+
+def histogram(values: Tensor, edges: Sequence[float], reduce: Reduce | None = None) -> Tensor:
+    """How many values over all ranks lie below the first edge, in each [edge, next edge), and from the last edge on.
+
+    values: [N] of this rank; a NaN is in no bin.   edges: increasing; they are rounded to the precision of the values,
+    at least float32, so that a value written as an edge is on it.
+    Returns int64 [len(edges) + 1], which add over micro-batches. Raises: ValueError if edges do not increase.
+    """
+    if any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"edges={tuple(edges)}: must increase")
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    starts = torch.tensor(edges, dtype=values.dtype, device=values.device)
+    index = torch.bucketize(values[~values.isnan()], starts, right=True)
+    return (reduce or LocalReduce()).sum(torch.bincount(index, minlength=len(edges) + 1))
 
 
 def pass_at_k(num_samples: Tensor, num_correct: Tensor, k: int) -> Tensor:

@@ -29,6 +29,8 @@ class LawFit:
     are alike, the data do not tell an exponential from a line, and the two extrapolate to different ceilings.
     rmse: of the reward around the law.   autocorrelation: of the residuals, from one step to the next; intervals and
     tests count num_points (1 - autocorrelation) / (1 + autocorrelation) of them as independent.
+    center: mean of exp(H), where the line is known best; error, slope_error: half widths of the 95 % intervals of the
+    line there and of a.
     Numbers that the data cannot give are NaN.
     """
 
@@ -44,6 +46,23 @@ class LawFit:
     r2_linear: float
     rmse: float
     autocorrelation: float
+    center: float
+    error: float
+    slope_error: float
+
+    def interval(self, entropy: float) -> tuple[float, float]:
+        """95 % confidence interval of the mean reward at this entropy (nats), *if* the law holds there.
+
+        At H = 0 it is that of the ceiling.
+        """
+        x = math.exp(entropy)
+        middle, half = self.b - self.a * x, _half_width(self.error, self.slope_error, x - self.center)
+        return middle - half, middle + half
+
+
+def _half_width(error: float, slope_error: float, distance: float) -> float:
+    """Of the interval of a line, `distance` away from the mean of its points."""
+    return math.hypot(error, slope_error * distance)
 
 
 def fit_law(entropy: Iterable[float], reward: Iterable[float]) -> LawFit:
@@ -64,7 +83,7 @@ def fit_law(entropy: Iterable[float], reward: Iterable[float]) -> LawFit:
     x = [-math.exp(v) for v in h]
     n = len(x)
     if n == 0:
-        return LawFit("not yet", "there are no points", 0, *[math.nan] * 9)
+        return LawFit("not yet", "there are no points", 0, *[math.nan] * 12)
     moved, sxx = min(x) < max(x), _products(x, x)
     a = _products(x, r) / sxx if moved else 0.0
     b = fmean(r) - a * fmean(x)
@@ -74,8 +93,9 @@ def fit_law(entropy: Iterable[float], reward: Iterable[float]) -> LawFit:
     noise = rss / max(n - 2, 1) * n / independent
     slope_variance = noise / sxx if moved and n > 2 else math.nan
     t = student_quantile(CONFIDENCE, max(int(independent) - 2, 1))
+    error = t * math.sqrt(noise / n) if n > 2 else math.nan
     slope_half = t * math.sqrt(slope_variance)
-    half = t * math.sqrt(noise / n + slope_variance * (-1 - fmean(x)) ** 2)
+    half = _half_width(error, slope_half, 1 + fmean(x))
     verdict, reason = _judge(x, r, residuals, (a - slope_half, a + slope_half))
     return LawFit(
         verdict=verdict,
@@ -90,6 +110,9 @@ def fit_law(entropy: Iterable[float], reward: Iterable[float]) -> LawFit:
         r2_linear=_r2(h, r),
         rmse=math.sqrt(rss / n),
         autocorrelation=_autocorrelation(residuals),
+        center=-fmean(x),
+        error=error,
+        slope_error=slope_half,
     )
 
 

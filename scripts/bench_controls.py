@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlvr.controls import CONTROLS, Control, apply
 from rlvr.surrogates import PpoClip
 from rlvr.trainers.instruments import TokenDiagnostics
-from rlvr.types import LocalReduce, Tokens, token_keys
+from rlvr.types import Coefficients, LocalReduce, Tokens, token_keys
 
 SETTINGS = {"token_budget": {"tokens": 50_000}, "adaptive_entropy": {"coef": 0.001, "enabled": True}}
 
@@ -65,10 +65,11 @@ def main() -> None:
     passes = seconds(lambda: model(ids, labels=ids).loss.backward(), options.times) / ids.numel()
     tokens, surrogate = rollout(options.tokens), PpoClip()
     clipped = surrogate.clipped(surrogate.ratio(tokens), tokens)
+    weight = 2 * torch.rand(options.tokens, generator=torch.Generator().manual_seed(1))
 
     def diagnose() -> None:
         diagnostics = TokenDiagnostics(True)
-        diagnostics.add(tokens)
+        diagnostics.add(tokens, Coefficients(weight=weight))
         diagnostics.close(LocalReduce())
 
     print(f"forward and backward: {1e6 * passes:.0f} us per token")

@@ -1,7 +1,9 @@
 """Settings every test runs under, and the fixtures that several files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 torch.set_num_threads(1)
 # The same examples in every run: a test that fails now and then is worse than one that tries fewer cases.
@@ -107,3 +112,13 @@ def data_dir() -> Path:
     if not path:
         pytest.skip("RLVR_TEST_DATA does not name a folder with data sets")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    """One window for all tests; a page is loaded anew by `open`."""
+    from browser import Browser
+
+    one = Browser(tmp_path_factory.mktemp("chromium"))
+    yield one
+    one.close()

@@ -9,9 +9,9 @@ import pytest
 from test_grpo_trainer import trainer
 
 from rlvr import GRPOConfig
-from rlvr.alarm import EntropyAlarm, EntropyAlarmError, steps_outside
+from rlvr.alarm import Alert, EntropyAlarm, EntropyAlarmError, steps_outside
 from rlvr.errors import ConfigError
-from rlvr.monitor.records import read_run, read_steps
+from rlvr.monitor.records import alerts_of, read_run, read_steps
 from rlvr.surrogates import PpoClip
 from rlvr.trainers.steering import Steering
 
@@ -60,8 +60,9 @@ def test_alarm_warns_of_a_run_above_its_limit(
     one.train()
     said = [record.get("alerts", []) for record in read_steps(tmp_path)]
     assert [len(alerts) for alerts in said] == [0, 1, 0, 1]
-    assert re.fullmatch(r"entropy has exploded: 4\.\d+ nats, above 1 for 2 steps", said[1][0])
-    assert said[1][0] in caplog.text
+    assert said[1][0]["kind"] == "explosion"
+    assert re.fullmatch(r"entropy has exploded: 4\.\d+ nats, above 1 for 2 steps", said[1][0]["message"])
+    assert said[1][0]["message"] in caplog.text
     assert [record["metrics"]["entropy/outside"] for record in read_steps(tmp_path)] == [1, 2, 3, 4]
     assert read_run(tmp_path)["status"] == "finished"
 
@@ -84,7 +85,8 @@ def test_alarm_sets_off_the_thermostat_that_waited_for_it(tiny_model_dir: Path, 
         entropy_alarm={"low": 6.0, "patience": 2, "action": "thermostat"},
     )
     one.train()
-    assert read_steps(tmp_path)[1]["alerts"][0].endswith("for 2 steps; the thermostat begins to act")
+    (alert,) = alerts_of(read_steps(tmp_path)[1])
+    assert alert.kind == "collapse" and alert.message.endswith("for 2 steps; the thermostat begins to act")
     values = [record["metrics"].get("thermostat/value") for record in read_steps(tmp_path)]
     assert values[0] is None  # at its start
     assert 0.01 < values[1] < values[2] < values[3]
@@ -97,6 +99,6 @@ def test_alarm_state_goes_through_a_checkpoint() -> None:
         one.observe(0.1)
     again.load_state_dict(one.state_dict())
     assert again.observe(0.1) == {"entropy/outside": -3.0}
-    assert again.alerts == ["entropy has collapsed: 0.1000 nats, below 0.2 for 3 steps"]
+    assert again.alerts == [Alert("collapse", "entropy has collapsed: 0.1000 nats, below 0.2 for 3 steps")]
     assert not one.alerts
     assert math.isinf(EntropyAlarm().high)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlvr.diagnostics import (
     doubling_edges,
-    entropy_by_position,
     explained_variance,
+    mean_by_position,
     pass_at_k,
     quantile_shares,
     quantiles,
@@ -145,7 +145,7 @@ def test_doubling_edges(first: int, longest: int, edges: tuple[int, ...]) -> Non
     assert doubling_edges(first, longest) == edges
 
 
-def test_entropy_by_position_is_a_loop_over_tokens() -> None:
+def test_mean_by_position_is_a_loop_over_tokens() -> None:
     rng = random.Random(1)
     position = torch.tensor([rng.randrange(200) for _ in range(500)])
     entropy = values(500)
@@ -155,24 +155,24 @@ def test_entropy_by_position_is_a_loop_over_tokens() -> None:
         index = max(i for i, edge in enumerate(edges) if edge <= t)
         sums[index] += h
         counts[index] += 1
-    got = entropy_by_position(position, entropy, edges)
+    got = mean_by_position(position, entropy, edges)
     assert [float(m.total) for m in got] == pytest.approx(sums, abs=1e-10)
     assert [float(m.count) for m in got] == counts
     assert sum(counts) == 500
 
 
-def test_entropy_by_position_adds_over_micro_batches() -> None:
+def test_mean_by_position_adds_over_micro_batches() -> None:
     position, entropy, edges = torch.arange(60) % 20, values(60), (0, 4, 12)
-    whole = entropy_by_position(position, entropy, edges)
-    halves = [entropy_by_position(position[part], entropy[part], edges) for part in (slice(0, 7), slice(7, None))]
+    whole = mean_by_position(position, entropy, edges)
+    halves = [mean_by_position(position[part], entropy[part], edges) for part in (slice(0, 7), slice(7, None))]
     for a, b, both in zip(*halves, whole, strict=True):
         assert (a + b).value() == pytest.approx(both.value(), abs=1e-12)
 
 
 @pytest.mark.parametrize("edges", [(), (1, 2), (0, 4, 4), (0, 4, 3)])
-def test_entropy_by_position_refuses_edges_that_lose_tokens(edges: tuple[int, ...]) -> None:
+def test_mean_by_position_refuses_edges_that_lose_tokens(edges: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must start at 0 and increase"):
-        entropy_by_position(torch.zeros(1, dtype=torch.int64), torch.zeros(1), edges)
+        mean_by_position(torch.zeros(1, dtype=torch.int64), torch.zeros(1), edges)
 
 
 # ----------------------------------------------------------------------------------------------------------- pass at k

@@ -209,7 +209,9 @@ def test_import_rlvr_loads_nothing_heavy():
     assert loaded_by("import rlvr") & (HEAVY | {"torch"}) == set()
 
 
-@pytest.mark.parametrize("module", ["rlvr.monitor", "rlvr.cli", "rlvr.verifier_worker", "rlvr.law"])
+@pytest.mark.parametrize(
+    "module", ["rlvr.monitor", "rlvr.monitor.dashboard.server", "rlvr.cli", "rlvr.verifier_worker", "rlvr.law"]
+)
 def test_import_of_light_modules_needs_no_torch(module):
     assert loaded_by(f"import {module}") & (HEAVY | {"torch"}) == set()
 

@@ -127,6 +127,33 @@ def test_ceiling_interval_by_hand() -> None:
     assert (got.ceiling_low, got.ceiling_high) == pytest.approx((13 / 12 - half, 13 / 12 + half), abs=1e-9)
 
 
+def test_interval_by_hand() -> None:
+    """The points above, at exp(H) = 5: fitted 4/3 - 5/4 = 1/12, 1 from the mean; variance 1/6 (1/3 + 1/8)."""
+    got = fit_law([math.log(2), math.log(4), math.log(6)], [1.0, 0.0, 0.0])
+    half = 12.7062047362 * math.sqrt(1 / 6 * (1 / 3 + 1 / 8))
+    assert got.interval(math.log(5)) == pytest.approx((1 / 12 - half, 1 / 12 + half), abs=1e-9)
+    assert got.center == 4
+
+
+def test_interval_without_entropy_is_that_of_the_ceiling() -> None:
+    for seed in range(SEEDS):
+        fit = lawful(40, seed, autocorrelation=0.5)
+        assert fit.interval(0.0) == (fit.ceiling_low, fit.ceiling_high)
+
+
+def test_interval_is_narrowest_at_the_mean_of_the_points() -> None:
+    fit = lawful(40, 0)
+    widths = [high - low for low, high in (fit.interval(math.log(fit.center * x)) for x in (0.5, 1.0, 1.5))]
+    assert widths[1] == pytest.approx(2 * fit.error, rel=1e-12)
+    assert widths[0] == pytest.approx(widths[2], rel=1e-12) and widths[0] > widths[1]
+
+
+def test_interval_of_few_points_is_not_known() -> None:
+    for number in range(3):
+        fit = fit_law([1 - 0.05 * i for i in range(number)], [0.1 * i for i in range(number)])
+        assert all(map(math.isnan, (*fit.interval(0.5), fit.error, fit.slope_error)))
+
+
 @pytest.mark.parametrize("autocorrelation", [0.0, 0.5])
 def test_ceiling_interval_covers_the_truth(autocorrelation: float) -> None:
     """95 % of 100 seeds, give or take 3 standard errors (2.2 each) of the count."""

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,8 +26,8 @@ from rlvr.monitor import (
     read_tokens,
     token_steps,
 )
+from rlvr.monitor.histograms import HISTOGRAMS
 from rlvr.monitor.metrics import TOUCHED, format_metrics
-from rlvr.monitor.pictures import PICTURES
 from rlvr.monitor.records import series
 from rlvr.monitor.summary import MISMATCH, PHASES, VERIFIER
 
@@ -57,9 +58,9 @@ def test_metrics_touched_are_fractions():
     assert {METRICS[name].unit for name in TOUCHED} == {"fraction"}
 
 
-def test_metrics_used_by_summary_and_pictures_exist():
+def test_metrics_used_by_the_summary_exist():
     used = {*MISMATCH, *VERIFIER, *(f"time/{phase}" for phase in PHASES), *filter(None, PHASES.values())}
-    assert used | {name for picture in PICTURES for name in picture.needs} <= set(METRICS)
+    assert used <= set(METRICS)
 
 
 def test_metric_unknown_names_the_nearest():
@@ -110,6 +111,17 @@ def test_recorder_refuses_an_unexplained_metric_and_writes_nothing(tmp_path):
     recorder.record_step(1, {"reward/mean": 1.0})
 
 
+def test_recorder_keeps_details_of_a_step_and_refuses_counts_of_other_bins(tmp_path):
+    recorder = Recorder(tmp_path)
+    bins = {"edges": [0.0], "mean": [0.25], "count": [3.0]}
+    counts = {"advantage": [*range(len(HISTOGRAMS["advantage"].edges)), 2**40]}
+    recorder.record_step(1, {}, histograms=counts, mismatch_by_position=bins)
+    (record,) = read_steps(tmp_path)
+    assert record["histograms"] == counts and record["mismatch_by_position"] == bins
+    with pytest.raises(ValueError, match="histogram advantage has 19 bins, got 2 counts"):
+        recorder.record_step(2, {}, histograms={"advantage": [1, 2]})
+
+
 def test_recorder_refuses_a_step_twice(tmp_path):
     recorder = Recorder(tmp_path)
     append(recorder, [1, 2])
@@ -153,6 +165,10 @@ def test_token_records_round_trip(tmp_path):
         "entropy": [np.array([0.1, 2.0]), [0.3], []],
         "rollout_logps": [None] * 3,
         "keep": [[True, False], [True], []],
+        "covariance": [[0.5, -1], [], []],
+        "predicted": [None] * 3,
+        "estimator": ["single_logit", None, None],
+        "control:kl_cov": [[True, False], None, []],
         "router": [[0, 1], [2], []],
     }
     path = recorder.record_tokens(12, columns)
@@ -162,6 +178,10 @@ def test_token_records_round_trip(tmp_path):
     assert rows[0]["entropy"] == [np.float32(0.1), 2.0] and [row["reward"] for row in rows] == [1.0, 0.5, None]
     assert rows[0]["tokens"] == ["a", "bad ? half"] and rows[2]["tokens"] == []
     assert rows[2]["rollout_logps"] is None and rows[0]["keep"] == [True, False]
+    kinds = {field.name: str(field.type) for field in parquet.read_schema(path)}
+    assert kinds["covariance"] == kinds["predicted"] == "list<element: float>" and kinds["estimator"] == "string"
+    assert kinds["keep"] == kinds["control:kl_cov"] == "list<element: bool>"
+    assert rows[0]["control:kl_cov"] == [True, False] and rows[0]["covariance"] == [0.5, -1.0]
     with pytest.raises(ValueError, match="one value per sequence"):
         recorder.record_tokens(13, {"reward": [1.0], "prompt": ["a", "b"]})
 

@@ -1,4 +1,4 @@
-"""What summary and report say of the thermostat, the law, the dynamics, pass@k and positions."""
+"""What the summary says of the thermostat, the law, the dynamics and pass@k."""
 
 import json
 import math
@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_monitor_report import synthetic_run, synthetic_step
+from test_monitor_summary import synthetic_step
 
 from rlvr.law import fit_law
-from rlvr.monitor import Recorder, format_summary, summarize, write_report
+from rlvr.monitor import Recorder, format_summary, summarize
 from rlvr.monitor.instruments import CLASSES, ESTIMATORS, law_found, read_instruments, thermostat_of
-from rlvr.monitor.pictures import PICTURES
 from rlvr.monitor.records import read_run, rollout_points
 
 THERMOSTAT = {"lever": "kl_cov.coef", "low": 0.3, "high": 0.5, "lowest": 0.0, "highest": 10.0, "patience": 20}
@@ -236,7 +235,7 @@ def test_a_clip_that_never_acted_is_not_listed(tmp_path):
     assert "clip/low" in summary_of(tmp_path / "acting")
 
 
-# report
+# all of them
 
 
 @pytest.fixture(scope="module")
@@ -249,35 +248,6 @@ def test_summary_of_all_instruments_fits_a_terminal(instrumented):
     assert max(map(len, lines[2:])) <= 100 and len(lines) <= 52
     for label in ("critic ", "routers ", "law ", "thermostat ", "entropy dynamics ", "  pass@1, @8 "):
         assert sum(line.startswith(label) for line in lines) == 1
-
-
-def test_report_shows_every_picture_with_what_is_normal(instrumented):
-    page = write_report(instrumented).read_text()
-    assert page.count("data:image/png;base64,") == 2 * len(PICTURES)
-    assert page.count("Normal: ") == len(PICTURES)
-    assert "predicted ceiling 0.6" in page and "<td>dynamics/steer_correlation</td>" in page
-    assert "Not measured" not in page.replace("Not measured: heldout/reward_ci95", "")
-    for picture in PICTURES:
-        assert (instrumented / "report" / f"{picture.name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_leaves_out_what_was_not_recorded(tmp_path):
-    page = write_report(synthetic_run(tmp_path, num_steps=2)).read_text()
-    for title in ("Thermostat", "Entropy by position", "Held-out pass@k", "predicted and measured", "covariances"):
-        assert title not in page
-
-
-def test_report_draws_a_law_that_may_not_be_read(tmp_path):
-    """Few points, or one entropy for all: no line beyond the points, and the reason under the picture."""
-    write(tmp_path / "one", [lawful(0.5)] * 3)
-    assert "not yet: 3 points" in write_report(tmp_path / "one").read_text()
-    write(tmp_path / "up", [lawful(0.2 + i / 30, a=-0.1) for i in range(30)])
-    assert "Read no ceiling from the line." in write_report(tmp_path / "up").read_text()
-
-
-def test_pictures_of_one_step_are_drawn(tmp_path):
-    page = write_report(instrumented_run(tmp_path, num_steps=1)).read_text()
-    assert page.count("data:image/png;base64,") == 2 * len(PICTURES)
 
 
 def test_instruments_of_an_empty_run_are_none():

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlvr.monitor.records import read_groups, read_prompts, read_steps
+
 ROOT = Path(__file__).parents[1]
 CONTROLS = [
     {"name": "clip_cov", "fraction": 0.1, "low": 0.1, "high": 50.0},
@@ -108,6 +110,15 @@ def test_two_processes_train_what_one_does(launched: str, tiny_model_dir: Path, 
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
     for name in TOLD:
         assert any(entry[name] > 0 for entry in one["history"]), name
+    a, b = (read_steps(tmp_path / name) for name in ("one", "two"))
+    assert [step["histograms"] for step in a] == [step["histograms"] for step in b]
+    assert a[0]["histograms"].keys() == {"entropy", "covariance", "advantage", "weight"}
+    for step in a:
+        trained = [sum(step["histograms"][name]) for name in ("entropy", "covariance", "advantage")]
+        assert trained == [step["metrics"]["policy/tokens"]] * 3
+        assert sum(step["histograms"]["weight"]) == step["metrics"]["rollout/tokens"]
+    for read in (read_groups, read_prompts):
+        assert read(tmp_path / "one") == read(tmp_path / "two") != []
     start = trained_from(tiny_model_dir)
     moved = (one["weights"] - start).norm()
     assert moved > 0

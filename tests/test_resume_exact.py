@@ -12,7 +12,7 @@ import resume_run
 import torch
 from safetensors.torch import load_file
 
-from rlvr.monitor.records import read_run, read_steps, read_tokens, token_steps
+from rlvr.monitor.records import read_groups, read_prompts, read_run, read_steps, read_tokens, token_steps
 from rlvr.trainers.checkpoints import ASIDE, complete_checkpoints
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -72,6 +72,7 @@ def recorded(out: Path) -> list[dict[str, Any]]:
 def assert_same_run(out: Path, other: Path) -> None:
     for a, b in zip(recorded(out), recorded(other), strict=True):
         assert a == b
+    assert read_groups(out) == read_groups(other) and read_prompts(out) == read_prompts(other)
     assert token_steps(out) == token_steps(other)
     for step in token_steps(out):
         assert read_tokens(out, step) == read_tokens(other, step)

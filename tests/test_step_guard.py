@@ -10,7 +10,7 @@ from ppo_cases import FixedPPO, by_step, flat, policy_trainer
 from test_grpo_trainer import FixedRollouts
 from torch import Tensor
 
-from rlvr.monitor.records import read_run, read_steps
+from rlvr.monitor.records import alerts_of, read_run, read_steps
 from rlvr.monitor.summary import format_summary, summarize
 from rlvr.trainers.batch_files import read_batches, write_batches
 from rlvr.trainers.guard import NonFiniteError
@@ -67,7 +67,7 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped(kind: str, tiny_mode
     steps = read_steps(tmp_path)
     assert [record["metrics"]["optim/skipped"] for record in steps] == [0, 1, 0, 0]
     told = f"step 2: optim/grad_norm is nan; its batch is in '{tmp_path}/skipped/step-000002-rank-0.safetensors'"
-    assert steps[1]["alerts"] == [f"{told}. The step is skipped (1 in a row)"]
+    assert steps[1]["alerts"] == [{"kind": "skipped", "message": f"{told}. The step is skipped (1 in a row)"}]
     batches, state = read_batches(tmp_path / "skipped/step-000002-rank-0.safetensors")
     assert state == {"step": 2, "rank": 0, "optim/grad_norm": "nan"}
     assert len(batches) == 2
@@ -123,12 +123,8 @@ def test_infinite_reward_of_a_callable_is_not_scored(kind: str, tiny_model_dir: 
     one.train()
     steps = read_steps(tmp_path)
     assert [record["metrics"]["reward/unscored"] for record in steps] == [0, 1 / 16, 0, 0]
-    assert [record.get("alerts") for record in steps] == [
-        None,
-        ["1 rewards of a rollout are infinite: such completions count as not scored"],
-        None,
-        None,
-    ]
+    told = "1 rewards of a rollout are infinite: such completions count as not scored"
+    assert [record.get("alerts") for record in steps] == [None, [{"kind": "reward", "message": told}], None, None]
     assert not any(record["metrics"]["optim/skipped"] for record in steps)
     assert flat(one.model).isfinite().all()
 
@@ -152,7 +148,8 @@ def test_step_is_skipped_where_its_batch_cannot_be_saved(tiny_model_dir: Path, t
     (tmp_path / "skipped").touch()  # no folder
     one.train()
     steps = read_steps(tmp_path)
-    assert steps[1]["alerts"][0].startswith("step 2: optim/grad_norm is nan; its batch could not be saved (")
+    (alert,) = alerts_of(steps[1])
+    assert alert.message.startswith("step 2: optim/grad_norm is nan; its batch could not be saved (")
     assert steps[1]["metrics"]["optim/skipped"] == 1 and flat(one.model).isfinite().all()
 
 

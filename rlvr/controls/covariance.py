@@ -27,11 +27,21 @@ from rlvr.types import Coefficients, Mean, Reduce, Tokens
 
 def covariance(tokens: Tokens, reduce: Reduce) -> tuple[Tensor, int]:
     """(cov_t = (A_t - mean A)(log pi_t - mean log pi) in float64 [N], number of tokens over all ranks)."""
-    logps, advantages = tokens.logps.double(), tokens.advantages.double()
-    count = torch.tensor(float(len(tokens)), dtype=torch.float64, device=logps.device)
+    means, total = token_means(tokens.logps, tokens.advantages, reduce)
+    return products(tokens.logps, tokens.advantages, means), total
+
+
+def token_means(logps: Tensor, advantages: Tensor, reduce: Reduce) -> tuple[Tensor, int]:
+    """(mean log pi and mean A in float64 [2], number of tokens), over all ranks; 0 without tokens."""
+    logps, advantages = logps.double(), advantages.double()
+    count = torch.tensor(float(logps.numel()), dtype=torch.float64, device=logps.device)
     sums = reduce.sum(torch.stack([logps.sum(), advantages.sum(), count]))
-    means = sums / sums[2].clamp(min=1)
-    return (logps - means[0]) * (advantages - means[1]), int(sums[2])
+    return sums[:2] / sums[2].clamp(min=1), int(sums[2])
+
+
+def products(logps: Tensor, advantages: Tensor, means: Tensor) -> Tensor:
+    """(A_t - mean A)(log pi_t - mean log pi) in float64 [N], with the means of `token_means`."""
+    return (logps.double() - means[0]) * (advantages.double() - means[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

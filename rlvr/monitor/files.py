@@ -8,14 +8,17 @@ from typing import Any
 
 from rlvr.errors import RunError
 
+CONTROL = "control:"  # and its name: the column of what a control decided of a token
+
 # Fixed types, so that the files of a run can be read as one table even where a column is all None.
 _ROW_TYPES = {
     **dict.fromkeys(("step", "sequence", "prompt_index"), "int64"),
     **dict.fromkeys(("reward", "advantage"), "float64"),
-    **dict.fromkeys(("prompt", "completion"), "string"),
+    **dict.fromkeys(("prompt", "completion", "estimator"), "string"),
 }
 _TOKEN_TYPES = {
     **dict.fromkeys(("entropy", "logps", "old_logps", "rollout_logps", "ref_logps", "weight", "drift"), "float32"),
+    **dict.fromkeys(("covariance", "predicted"), "float32"),
     **{"token_ids": "int64", "tokens": "string", "keep": "bool"},
 }
 
@@ -53,8 +56,8 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         kind = None
         if name in _ROW_TYPES:
             kind = pa.type_for_alias(_ROW_TYPES[name])
-        elif name in _TOKEN_TYPES:
-            kind = pa.list_(pa.type_for_alias(_TOKEN_TYPES[name]))
+        elif name in _TOKEN_TYPES or name.startswith(CONTROL):
+            kind = pa.list_(pa.type_for_alias(_TOKEN_TYPES.get(name, "bool")))
         arrays[name] = pa.array([_encodable(value) for value in values], type=kind)
     with _aside(path) as partial:
         path.parent.mkdir(exist_ok=True)

@@ -6,19 +6,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 from rlvr import __version__
+from rlvr.alarm import Alert
 from rlvr.errors import ConfigError
 from rlvr.monitor.files import append, replace, write_parquet
+from rlvr.monitor.groups import Groups, prompt_id
+from rlvr.monitor.histograms import HISTOGRAMS
 from rlvr.monitor.metrics import metric
-from rlvr.monitor.records import EVALS, RUN, STEPS, TOKEN_FILE, TOKENS, holds_run, read_lines, read_run
+from rlvr.monitor.records import (
+    EVALS,
+    GROUPS,
+    PROMPTS,
+    RUN,
+    STEPS,
+    TOKEN_FILE,
+    TOKENS,
+    holds_run,
+    read_lines,
+    read_run,
+)
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "deepspeed")
 
-_SECRETS = ("hub_token", "api_key", "password", "secret")
+_SECRETS = ("hub_token", "api_key", "password", "secret", "webhook")
 
 
 class Recorder:
@@ -46,6 +61,8 @@ class Recorder:
         self._open(run_dir)
         records, dropped = _keep_until(self.run_dir / STEPS, step)
         _keep_until(self.run_dir / EVALS, step)
+        _keep_until(self.run_dir / GROUPS, step)
+        self._prompts = {record["id"] for record in _keep_until(self.run_dir / PROMPTS, step)[0]}
         _drop_token_files(self.run_dir / TOKENS, step)
         self._last_step = step
         self._tokens = records[-1]["tokens"] if records else 0
@@ -72,6 +89,7 @@ class Recorder:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._last_step = 0
         self._tokens = 0
+        self._prompts: set[str] = set()  # ids of those that are recorded
 
     def record_step(
         self,
@@ -79,18 +97,25 @@ class Recorder:
         metrics: Mapping[str, SupportsFloat],
         entropy_by_position: Mapping[str, Sequence[float]] | None = None,
         routers: Mapping[str, Any] | None = None,
-        alerts: Sequence[str] = (),
+        alerts: Sequence[Alert] = (),
+        mismatch_by_position: Mapping[str, Sequence[float]] | None = None,
+        histograms: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Append the record of one optimizer step, counted from 1.
 
         metrics: globally reduced numbers.   entropy_by_position: "edges", "mean" and "count" of bins of positions.
+        mismatch_by_position: the same.   histograms: counts in the bins of `rlvr.monitor.histograms`.
         routers: of a mixture of LoRA experts, by layer and by position, see `rlvr.monitor.records`.
-        alerts: what a person should know of the step, as sentences.
+        alerts: what a person should know of the step.
 
-        Raises: ConfigError for a metric that METRICS does not name, ValueError for a step that is already recorded.
+        Raises: ConfigError for a metric that METRICS does not name, ValueError for a step that is already recorded or
+        counts that do not fit their bins.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step}, which is already recorded")
+        for name, counts in (histograms or {}).items():
+            if len(counts) != (bins := len(HISTOGRAMS[name].edges) + 1):
+                raise ValueError(f"histogram {name} has {bins} bins, got {len(counts)} counts")
         values = _numbers(metrics)
         tokens = values.get("policy/tokens", 0)
         self._tokens += 0 if isinstance(tokens, str) else int(tokens)
@@ -98,11 +123,30 @@ class Recorder:
         record = {"step": step, "time": time.time(), "tokens": self._tokens, "metrics": values}
         if entropy_by_position:
             record["entropy_by_position"] = _plain(entropy_by_position)
+        if mismatch_by_position:
+            record["mismatch_by_position"] = _plain(mismatch_by_position)
+        if histograms:
+            record["histograms"] = _plain(histograms)
         if routers:
             record["routers"] = _plain(routers)
         if alerts:
-            record["alerts"] = list(alerts)
+            record["alerts"] = [asdict(alert) for alert in alerts]
         self._append(STEPS, record)
+
+    def record_groups(self, step: int, groups: Groups) -> None:
+        """Append the groups of a rollout that optimizer step `step` is the first to train on, and its new prompts."""
+        texts = {prompt_id(text): text for text in groups.prompts}
+        new = [{"step": step, "id": key, "text": text} for key, text in texts.items() if key not in self._prompts]
+        self._append(PROMPTS, *new)
+        self._prompts |= texts.keys()
+        record = {
+            "step": step,
+            "prompts": [prompt_id(text) for text in groups.prompts],
+            "passed": list(groups.passed),
+            "scored": list(groups.scored),
+            "reward": [reward if math.isfinite(reward) else None for reward in groups.reward],
+        }
+        self._append(GROUPS, record)
 
     def record_eval(
         self, step: int, metrics: Mapping[str, SupportsFloat], details: Mapping[str, Any] | None = None
@@ -119,7 +163,8 @@ class Recorder:
         """Write a sample of rollouts, one row per sequence; token-level columns hold one list per row.
 
         columns: any of sequence, prompt_index, prompt, completion, reward, advantage, token_ids, tokens (decoded, one
-        string per token), entropy, logps, old_logps, rollout_logps, weight, drift, keep; others are kept as they are.
+        string per token), entropy, logps, old_logps, rollout_logps, weight, drift, keep, covariance, predicted,
+        estimator, control:NAME (see `rlvr.monitor.records`); others are kept as they are.
         Raises: ValueError if the columns differ in length.
         """
         sizes = {name: len(values) for name, values in columns.items()}
@@ -141,8 +186,10 @@ class Recorder:
     def _write_run(self, run: Mapping[str, Any]) -> None:
         replace(self.run_dir / RUN, json.dumps(run, indent=2, allow_nan=False).encode() + b"\n")
 
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        append(self.run_dir / name, json.dumps(record, allow_nan=False).encode() + b"\n")
+    def _append(self, name: str, *records: Mapping[str, Any]) -> None:
+        if records:
+            lines = (json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
+            append(self.run_dir / name, b"".join(lines))
 
 
 def check_run_dir(run_dir: str | Path, resume: bool) -> None:

@@ -1,132 +1,82 @@
-"""A run as one self-contained HTML page: no network, no scripts, pictures inlined for light and dark screens."""
+"""A run as one HTML file: the page of `rlvr dashboard` with its numbers inside, which opens anywhere, offline."""
 
-import base64
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlvr import __version__
-from rlvr.monitor.figures import DARK, LIGHT, Picture, Records, render
-from rlvr.monitor.metrics import METRICS
-from rlvr.monitor.pictures import PICTURES
-from rlvr.monitor.records import read_evals, read_run, read_steps
-from rlvr.monitor.samples import escape, samples_html
-from rlvr.monitor.summary import format_summary, summarize
+from rlvr.errors import ConfigError, RunError
+from rlvr.monitor import files
+from rlvr.monitor.dashboard.page import report_page
+from rlvr.monitor.downsample import spread
+from rlvr.monitor.payloads.curves import law_payload, series_payload
+from rlvr.monitor.payloads.details import histograms_payload, positions_payload, router_payload
+from rlvr.monitor.payloads.numbers import to_json
+from rlvr.monitor.payloads.prompts import prompts_payload
+from rlvr.monitor.payloads.runs import metrics_payload, run_payload, run_row, runs_payload
+from rlvr.monitor.payloads.tokens import forks_payload, steps_payload, tokens_payload
+from rlvr.monitor.payloads.view import View
+from rlvr.monitor.records import RUN, STEPS, holds_run
+from rlvr.monitor.watched import Watched
 
-_STYLE = """
-:root{color-scheme:light dark;--paper:#f4f5f7;--card:#fff;--ink:#23272e;--soft:#5c6470;--line:#dfe3e8;--heat:230 159 0}
-@media(prefers-color-scheme:dark){
-:root{--paper:#13161b;--card:#1b1f26;--ink:#dfe3e8;--soft:#9aa3af;--line:#363c46;--heat:0 114 178}}
-body{margin:0 auto;padding:1.5rem 1rem 4rem;max-width:60rem;background:var(--paper);color:var(--ink);
-font:15px/1.5 system-ui,sans-serif}
-h1{font-size:1.4rem;margin:0 0 .2rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:0 0 .6rem}
-section{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:1rem 1.2rem;margin:1rem 0}
-img{display:block;width:100%;max-width:54rem;height:auto}
-pre,.text{font:13px/1.55 ui-monospace,Menlo,Consolas,monospace}
-pre{overflow-x:auto;margin:0}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
-.note,.facts,footer{color:var(--soft);font-size:.87rem;margin:.2rem 0 .6rem}
-article{border-top:1px solid var(--line);padding:.7rem 0}
-.t{background:rgb(var(--heat)/var(--a))}.x{text-decoration:underline;text-decoration-thickness:2px}
-summary{cursor:pointer;color:var(--soft)}
-table{border-collapse:collapse;font-size:.87rem;width:100%}
-td,th{text-align:left;vertical-align:top;padding:.15rem .8rem .15rem 0;border-top:1px solid var(--line)}
-td{overflow-wrap:anywhere}td:first-child,td.unit{white-space:nowrap}td.unit{color:var(--soft)}
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+SAMPLES = 5  # steps whose sampled completions are part of a report
+SAMPLE_BYTES = 1_500_000  # of all of them
+SIZES = ((8, 1000), (8, 500), (4, 500), (4, 250), (2, 250), (2, 100))  # completions of a step, tokens of each
+PROMPT_LENGTH = 2000  # characters
+DIGITS = 4  # of a token's numbers
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page, by default RUN_DIR/report.html, and its pictures as RUN_DIR/report/*.png. Returns its path.
+    """Write the page, by default RUN_DIR/report.html. Returns its path.
 
-    Raises: ConfigError if the directory holds no run, or a damaged one.
+    Raises: ConfigError if the directory holds no run, or a damaged one, or if the page cannot be written.
     """
-    run_dir = Path(run_dir)
-    page = Path(output) if output is not None else run_dir / "report.html"
-    summary = summarize(run_dir)
-    run = read_run(run_dir)
-    records = Records(read_steps(run_dir), read_evals(run_dir), run)
-    sections = [_section("Summary", f"<pre>{escape(format_summary(summary))}</pre>")]
-    for picture in PICTURES:
-        body = _picture(picture, records, run_dir / "report")
-        sections += [_section(picture.title, body)] if body else []
-    samples = samples_html(run_dir) or '<p class="note">No token-level records.</p>'
-    sections += [_section("Sampled completions", samples), _section("Configuration", _configuration(run))]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_page(run_dir.resolve().name, run, sections), encoding="utf-8")
+    if not holds_run(run_dir):
+        raise ConfigError(f"RUN_DIR={str(run_dir)!r} holds no run (neither {RUN} nor {STEPS}); give its output_dir")
+    page = Path(output) if output is not None else Path(run_dir) / "report.html"
+    content = report_page(report_data(run_dir)).encode("utf-8")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(page, content)
+    except (OSError, RunError) as error:
+        raise ConfigError(
+            f"{page} cannot be written ({error.__cause__ or error}); name another file with -o"
+        ) from error
     return page
 
 
-def _page(name: str, run: Mapping[str, Any], sections: Sequence[str]) -> str:
-    started = _date(run["started"]) if "started" in run else "at an unknown time"
-    written = f"Written by rlvr {__version__} on {_date(time.time())}."
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} · rlvr report</title><style>{_STYLE}</style></head><body>"
-        f'<header><h1>{escape(name)}</h1><p class="note">Run started {started}, commit '
-        f"{escape(str(run.get('commit') or 'unknown'))}.</p></header>{''.join(sections)}"
-        f"<footer>{written}</footer></body></html>\n"
-    )
+def report_data(run_dir: str | Path) -> dict[str, Any]:
+    """What a dashboard would answer of this run, by what it would be asked."""
+    name = Path(run_dir).resolve().name
+    run = Watched(name, name, run_dir, eager=sys.maxsize)
+    with run.history.lock:
+        view = run.look()
+        return {
+            "metrics": metrics_payload(),
+            "runs": runs_payload([run_row(view)], [], time.time()),
+            f"run?run={name}": run_payload(view),
+            f"series?run={name}": series_payload(view),
+            f"law?run={name}": law_payload(view),
+            f"histograms?run={name}": histograms_payload(view),
+            f"positions?run={name}": positions_payload(view),
+            f"router?run={name}": router_payload(view),
+            f"prompts?run={name}": prompts_payload(run.prompts(), view.table),
+            **_samples(view),
+        }
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>\n"
-
-
-def _picture(picture: Picture, records: Records, folder: Path) -> str:
-    """The picture in both themes with the unit and meaning of its metrics, "" if it is left out; the light one also
-    as a file.
-    """
-    shown = picture.metrics(records)
-    missing = "" if picture.optional else ", ".join(name for name in picture.needs if name not in shown)
-    absent = f'<p class="note">Not measured: {missing}.</p>' if missing else ""
-    if not shown:
-        (folder / f"{picture.name}.png").unlink(missing_ok=True)
-        return absent
-    light, dark = render(picture, records, LIGHT), render(picture, records, DARK)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{picture.name}.png").write_bytes(light)
-    rows = "".join(
-        f'<tr><td>{name}</td><td class="unit">{METRICS[name].unit}</td><td>{escape(_meaning(name))}</td></tr>'
-        for name in shown
-    )
-    note = escape(picture.note(records))
-    return (
-        f'<picture><source srcset="{_inline(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{_inline(light)}" alt="{escape(picture.title)}"></picture><p class="note">{note}</p>'
-        f"<table>{rows}</table>{absent}"
-    )
-
-
-def _meaning(name: str) -> str:
-    entry = METRICS[name]
-    return f"{entry.meaning}. Usual: {entry.normal}" if entry.normal else entry.meaning
-
-
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _configuration(run: Mapping[str, Any]) -> str:
-    rows = [*_flatten(run.get("config", {})), *_flatten(run.get("versions", {}), "version of ")]
-    rows += [(f"resumed from step {entry['step']}", _date(entry["time"])) for entry in run.get("resumed", [])]
-    if not rows:
-        return '<p class="note">Not recorded.</p>'
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<details><summary>{len(rows)} settings and versions</summary><table>{cells}</table></details>"
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as rows `outer.inner`, value."""
-    for key, entry in value.items():
-        if isinstance(entry, Mapping) and entry:
-            yield from _flatten(entry, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(entry)
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+def _samples(view: View) -> dict[str, Any]:
+    """Completions of a few steps over the training, as many and as long as SAMPLE_BYTES allow."""
+    steps = [view.token_steps[at] for at in spread(len(view.token_steps), SAMPLES)]
+    samples: dict[str, Any] = {}
+    for rows, length in SIZES:
+        samples = {
+            f"tokens?run={view.id}&step={step}": tokens_payload(
+                view.run_dir, step, length, rows, PROMPT_LENGTH, DIGITS
+            )
+            for step in steps
+        }
+        if len(to_json(samples)) <= SAMPLE_BYTES:
+            break
+    forks = {f"forks?run={view.id}&step={step}": forks_payload(view.run_dir, step) for step in steps}
+    return {f"tokens?run={view.id}": steps_payload(steps), **samples, **forks}

@@ -1,16 +1,18 @@
 """What a run did, in numbers a person would ask for first; pure functions of the run directory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlvr.alarm import KINDS
 from rlvr.errors import ConfigError
 from rlvr.monitor.evaluations import Heldout, heldout, heldout_rows
 from rlvr.monitor.instruments import Instruments, instrument_rows, read_instruments
 from rlvr.monitor.metrics import METRICS, TOUCHED
-from rlvr.monitor.records import holds_run, read_evals, read_run, read_steps, series
+from rlvr.monitor.records import alerts_of, holds_run, read_evals, read_run, read_steps, series
 
 # Phase of an optimizer step -> the metric that counts the tokens it works through.
 PHASES: dict[str, str | None] = {
@@ -76,6 +78,7 @@ class Summary:
     phases: tuple[Phase, ...]
     non_finite: dict[str, int]
     skipped: int  # optimizer steps whose loss or gradient was not finite
+    alerts: dict[str, int]  # how many of each kind, in the order of KINDS
 
 
 def summarize(run_dir: str | Path) -> Summary:
@@ -110,9 +113,10 @@ def summarize(run_dir: str | Path) -> Summary:
         touched=_measured({name: _reduce(steps, name) for name in TOUCHED}),
         mismatch=_measured(mismatch),
         verifier=_measured({name: _mean(series(steps, name)[1]) for name in VERIFIER}),
-        phases=_phases(steps),
+        phases=phases(steps),
         non_finite=_non_finite(steps),
         skipped=int(sum(series(steps, "optim/skipped")[1])),
+        alerts=count_alerts(steps),
     )
 
 
@@ -133,7 +137,20 @@ def format_summary(summary: Summary) -> str:
         rows.append(
             f"WARNING  {summary.skipped} step{'s' * (summary.skipped > 1)} skipped, see {summary.run_dir}/skipped"
         )
+    if summary.alerts:
+        rows.append(f"{'alerts':<18}{format_alerts(summary.alerts)}")
     return "\n".join(rows)
+
+
+def count_alerts(steps: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many alerts of each kind there were, in the order of KINDS, without those that there were none of."""
+    found = Counter(alert.kind for record in steps for alert in alerts_of(record))
+    return {kind: found[kind] for kind in KINDS if found[kind]}
+
+
+def format_alerts(counts: Mapping[str, int]) -> str:
+    """`3: 2 collapse, 1 stall`."""
+    return f"{sum(counts.values())}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 def format_seconds(seconds: float) -> str:
@@ -182,14 +199,15 @@ def _measured(values: dict[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _phases(steps: Sequence[dict[str, Any]]) -> tuple[Phase, ...]:
+def phases(steps: Sequence[dict[str, Any]]) -> tuple[Phase, ...]:
+    """Where the time of the steps went, with what no phase claims as `other`; () if it was not measured."""
     totals = {name: sum(series(steps, f"time/{name}")[1]) for name in PHASES if series(steps, f"time/{name}")[1]}
     whole = sum(series(steps, "time/step")[1]) or sum(totals.values())
     if not totals or whole <= 0:
         return ()
-    phases = [Phase(name, total, total / whole, _rate(steps, name)) for name, total in totals.items()]
+    found = [Phase(name, total, total / whole, _rate(steps, name)) for name, total in totals.items()]
     rest = max(0.0, whole - sum(totals.values()))
-    return (*phases, Phase("other", rest, rest / whole, None))
+    return (*found, Phase("other", rest, rest / whole, None))
 
 
 def _rate(steps: Sequence[dict[str, Any]], phase: str) -> float | None:

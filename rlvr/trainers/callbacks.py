@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,12 +10,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from rlvr.alarm import Alert
 from rlvr.errors import RunError
 from rlvr.law import fit_law
+from rlvr.monitor.groups import Groups
+from rlvr.monitor.lookout import Lookout
 from rlvr.monitor.recorder import Recorder
 from rlvr.monitor.records import read_evals, read_steps, rollout_points
-from rlvr.trainers import trl_bridge as bridge
+from rlvr.trainers.dynamics import Loss
 from rlvr.trainers.header import header
+from rlvr.trainers.sampling import TokenSampler, groups_of
+from rlvr.trainers.sinks import Sinks
 from rlvr.types import Coefficients, Tokens
 
 if TYPE_CHECKING:
@@ -38,9 +43,12 @@ class RunCallback(TrainerCallback, ExportableState):
     def __init__(self, trainer: "PolicyTrainer") -> None:
         self._trainer = trainer
         self._recorder: Recorder | None = None
-        self._seen: set[int] = set()
-        self._sampled_step = self._evaluated_step = -1
-        self._rows: list[dict[str, Any]] = []
+        self._lookout: Lookout | None = None
+        self._in_step = False
+        self._evaluated_step = -1
+        self.samples = TokenSampler(trainer)
+        self._groups: list[Groups] = []  # of the rollouts that the step at hand is the first to train on
+        self._sinks = Sinks(trainer)
         self._points: list[tuple[float, float]] = []  # entropy and reward of each rollout
 
     def state(self) -> dict[str, Any]:
@@ -61,15 +69,33 @@ class RunCallback(TrainerCallback, ExportableState):
             "model": trainer.model.config._name_or_path,
         }
         output_dir = str(trainer.args.output_dir)
+        self._sinks.open(output_dir, resume_step)
         if resume_step is None:
             self._recorder = Recorder(output_dir, config)
         else:
             self._recorder = Recorder.resume(output_dir, resume_step, config)
             self._points = rollout_points(read_steps(output_dir))
+        args = trainer.args
+        self._lookout = Lookout(
+            output_dir, stall_after=args.stall_seconds, webhook=args.alert_webhook, doing=self._doing
+        )
+        self._lookout.start(resume_step or 0)
+
+    def _doing(self) -> str:
+        """What the run is at, "" where that is not known."""
+        return self._trainer.clock.doing or ("update" if self._in_step else "")
+
+    def tell(self, step: int, alert: Alert) -> None:
+        """Let an alert be known outside of the run's records."""
+        if self._lookout is not None:
+            self._lookout.tell(step, alert)
 
     @property
     def is_open(self) -> bool:
         return self._recorder is not None
+
+    def start_eval(self) -> None:
+        self._sinks.ready()
 
     def record_eval(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> None:
         step, name = self._trainer.state.global_step, details.get("name")
@@ -82,6 +108,10 @@ class RunCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A checkpoint that this callback did not write lacks its entry, which saving the next one looks up.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if self._lookout is not None:
+            self._lookout.start(state.global_step)
+        self.samples.clear()
+        self._groups = []
         self._trainer.start()
         if state.global_step >= state.max_steps:  # transformers would take one step more
             raise NothingLeft
@@ -90,12 +120,13 @@ class RunCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.clock.take()
-        self._step_began = time.perf_counter()
+        self._step_began, self._in_step = time.perf_counter(), True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.close_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._in_step = False
         measured = self._trainer.probe.measure()
         metrics = {**self._trainer.step_metrics, **measured, **self._times()}
         metrics |= self._law(state.global_step, metrics)
@@ -103,12 +134,18 @@ class RunCallback(TrainerCallback, ExportableState):
             self._trainer._metrics["train"][name].append(value)
         if self._recorder is not None:
             trainer = self._trainer
-            details = (trainer.diagnostics.by_position, trainer.router_details, trainer.alerts)
-            self._recorder.record_step(state.global_step, metrics, *details)
-            if self._rows:
-                columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
-                self._recorder.record_tokens(state.global_step, columns)
-        self._rows, self._trainer.alerts = [], []
+            if self._lookout is not None:
+                trainer.alerts += self._lookout.step_done(state.global_step)
+            details = {**trainer.diagnostics.details, "routers": trainer.router_details, "alerts": trainer.alerts}
+            self._recorder.record_step(state.global_step, metrics, **details)
+            if rows := self.samples.take(trainer.diagnostics.means):
+                self._recorder.record_tokens(state.global_step, {k: [row[k] for row in rows] for k in rows[0]})
+            for groups in self._groups:
+                self._recorder.record_groups(state.global_step, groups)
+            self._sinks.log_histograms(trainer.diagnostics.details.get("histograms", {}))
+            self._sinks.log_samples(state.global_step, rows)
+            self._sinks.log_alerts(state.global_step, trainer.alerts)
+        self._groups, self._trainer.alerts = [], []
         if args.eval_strategy == IntervalStrategy.EPOCH and float(state.epoch).is_integer():
             control.should_evaluate = True  # now: a checkpoint of this very step is to be saved after it
 
@@ -133,8 +170,13 @@ class RunCallback(TrainerCallback, ExportableState):
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Say in the run's records how it ended."""
-        if self._recorder is not None:
+        if self._recorder is None:
+            return
+        try:
             self._recorder.finish(status, error)
+        finally:
+            if self._lookout is not None:
+                self._lookout.stop(self._trainer.state.global_step, error if status == "failed" else None)
 
     def fail(self, error: BaseException) -> None:
         """The same of a run that was stopped; what stopped it may stop this, too."""
@@ -143,15 +185,6 @@ class RunCallback(TrainerCallback, ExportableState):
             self.finish(status, " ".join(f"{type(error).__name__}: {error}".split()))
         except RunError as also:
             logger.warning("%s", also)
-
-    @property
-    def sampled(self) -> list[int]:
-        """The sequences of the rollout at hand whose tokens have been recorded."""
-        return sorted(self._seen)
-
-    @sampled.setter
-    def sampled(self, sequences: list[int]) -> None:
-        self._seen, self._sampled_step = set(sequences), self._trainer._rollout_step
 
     def _times(self) -> dict[str, float]:
         """Seconds of the step by phase, and the rates that follow. What no phase claims is the optimizer: the
@@ -169,63 +202,18 @@ class RunCallback(TrainerCallback, ExportableState):
             times["time/update_tokens_per_s"] = metrics["policy/tokens"] / times["time/update"]
         return times
 
-    def start_rollout(self, step: int) -> None:
-        """Sample anew; of several rollouts in one step only the first is sampled, so that sequence numbers are
-        unique.
-        """
-        if step != self._sampled_step:
-            self._sampled_step = step
-            self._seen.clear()
+    def add_groups(self, prompts: Sequence[Any], rewards: Tensor) -> None:
+        """A rollout was made.   prompts, rewards: of its completions, over all ranks."""
+        if self._recorder is not None:
+            trainer = self._trainer
+            self._groups.append(groups_of(prompts, rewards, trainer.num_generations, trainer.args.pass_reward))
 
-    def sample_tokens(self, inputs: Mapping[str, Any], tokens: Tokens, coefficients: Coefficients) -> None:
-        """Keep the first sequences of the rollout with what the loss saw of each token, the first time they
-        are trained.
-        """
-        if self._recorder is None or not self._trainer.model.training:
-            return
-        limit = self._trainer.args.record_sequences
-        for row, number in enumerate(inputs[bridge.SEQUENCE].tolist()):
-            if number < limit and number not in self._seen:
-                self._seen.add(number)
-                self._rows.append(self._row(inputs, tokens, coefficients, row, number))
-
-    def _row(
-        self, inputs: Mapping[str, Any], tokens: Tokens, coefficients: Coefficients, row: int, number: int
-    ) -> dict[str, Any]:
-        tokenizer = self._trainer._tokenizer
-        mine = tokens.sequence == row
-        mask = bridge.trained_mask(inputs)[row]
-        ids = inputs["completion_ids"][row][mask].tolist()
-        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
-
-        def numbers(x: Tensor | None) -> list[float] | None:
-            return None if x is None else x[mine].detach().float().tolist()
-
-        present = coefficients.present()
-        return {
-            "sequence": number,
-            "prompt_index": number // self._trainer.num_generations,
-            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-            "completion": tokenizer.decode(ids),
-            "reward": float(inputs[bridge.REWARD][row]),
-            "advantage": float(tokens.advantages[mine].float().mean()) if len(ids) else 0.0,
-            "token_ids": ids,
-            "tokens": [tokenizer.decode([i]) for i in ids],
-            "entropy": numbers(tokens.entropy),
-            "logps": numbers(tokens.logps),
-            "old_logps": numbers(tokens.old_logps),
-            "rollout_logps": numbers(tokens.rollout_logps),
-            **{name: numbers(present[name]) for name in ("weight", "drift") if name in present},
-            **_of_critic(inputs, row, mask),
-        }
-
-
-def _of_critic(inputs: Mapping[str, Any], row: int, mask: Tensor) -> dict[str, list[float]]:
-    """Columns that only a run with a critic has: of each token of a row's mask [T]."""
-    if inputs["advantages"].dim() == 1:
-        return {}
-    columns = {"advantages": inputs["advantages"], "values": bridge.values_of(inputs)[0]}
-    return {name: x[row][mask].float().tolist() for name, x in columns.items()}
+    def sample_tokens(
+        self, inputs: Mapping[str, Any], tokens: Tokens, by_control: Mapping[str, Coefficients], loss: Loss
+    ) -> None:
+        """A micro-batch is trained on; arguments as in `TokenSampler.add`."""
+        if self._recorder is not None and self._trainer.model.training:
+            self.samples.add(inputs, tokens, by_control, loss)
 
 
 class EntropyProgress(ProgressCallback):

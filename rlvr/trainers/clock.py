@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+OUTSIDE_OF_STEPS = ("evaluation", "checkpoint")
+
 
 class PhaseClock:
     """Seconds per phase; a nested phase's seconds are its own and not its parent's, so phases add up to the whole."""
@@ -30,6 +32,12 @@ class PhaseClock:
         finally:
             self._charge()
             self._stack.pop()
+
+    @property
+    def doing(self) -> str:
+        """The phase at hand, "" outside of all; another thread may ask. An evaluation's rollout is an evaluation."""
+        phases = tuple(self._stack)
+        return next((phase for phase in phases if phase in OUTSIDE_OF_STEPS), phases[-1] if phases else "")
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, every call of it under `name`."""

@@ -18,9 +18,11 @@ from rlvr.rollout.cpu_engine import require_vllm
 from rlvr.surrogates import Surrogate
 from rlvr.thermostat import Thermostat
 from rlvr.trainers.adapters import AdapterFields
+from rlvr.trainers.alert_fields import AlertFields
 from rlvr.trainers.batches import check_batches, check_resolved_batches
 from rlvr.trainers.control_choice import check_controls, check_updates, choose_alarm, choose_thermostat
 from rlvr.trainers.launch_modes import check_deepspeed, check_launch, check_precision
+from rlvr.trainers.sinks import check_report_to
 from rlvr.trainers.surrogate_choice import choose_surrogate, parse_list, trl_default
 
 # TRL's loss_type names a surrogate and an aggregation at once; these are the ones we keep, with their aggregation.
@@ -41,7 +43,7 @@ SAID_BY_A_CONTROL = {
 
 
 @dataclass
-class PolicyConfig(AdapterFields, trl.GRPOConfig):
+class PolicyConfig(AlertFields, AdapterFields, trl.GRPOConfig):
     """TRL's GRPOConfig plus the entropy controls: what GRPOConfig and PPOConfig share. Every field is a key of a
     recipe's YAML and a command-line flag.
 
@@ -187,6 +189,7 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
         super().__post_init__()
         check_precision(self)
         check_deepspeed(self)
+        check_report_to(self)
 
     def check_data(self, columns: Sequence[str], rows: int) -> None:
         """Refuse training data with which TRL would train nothing. Raises: ConfigError."""
@@ -238,6 +241,7 @@ class PolicyConfig(AdapterFields, trl.GRPOConfig):
         if self.vllm_dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"vllm_dtype={self.vllm_dtype!r}: must be float32 or bfloat16")
         _ = self.mole_config  # which checks itself
+        self.check_alerts()
         if self.use_vllm:
             require_vllm()
         self._warn_of_truncated_sampling()

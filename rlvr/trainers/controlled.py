@@ -108,7 +108,7 @@ class ControlledTrainer(MeasuringTrainer):
         loss = objective(tokens, coefficients)
         if self.probe.wants(self.state.global_step):
             self.probe.watch(self.state.global_step, inputs, tokens, objective, by_control)
-        self.diagnostics.add(tokens if coefficients.keep is None else tokens.select(coefficients.keep))
+        self.diagnostics.add(tokens, coefficients)
         metrics = {"policy/skipped": Mean.of(skipped), **metrics_of(micro)}
         for term, told in self._other_terms(inputs, statistics, skipped, aux_loss):
             loss, metrics = loss + term, {**metrics, **told}
@@ -116,7 +116,7 @@ class ControlledTrainer(MeasuringTrainer):
         self.meter.add({**step_means(tokens, ratio, clipped, coefficients, stale), **metrics}, loss)
         if tokens.rollout_logps is not None:
             self.meter.add_mismatch(measure_mismatch(tokens.old_logps, tokens.rollout_logps))
-        self.run_callback.sample_tokens(inputs, tokens, coefficients)
+        self.run_callback.sample_tokens(inputs, tokens, by_control, objective)
         return loss
 
     def _other_terms(

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlvr.diagnostics import pass_at_k
+from rlvr.trainers.clock import PhaseClock
 
 
 def heldout_reward(rewards: Tensor, samples: int) -> dict[str, float]:
@@ -58,6 +59,7 @@ def pass_rates(rewards: Tensor, samples: int, threshold: float) -> dict[int, flo
 class HeldOutTrainer(trl.GRPOTrainer):
     """TRL's trainer with an evaluation that samples and scores, and computes no loss: what counts is the reward."""
 
+    clock: PhaseClock
     run_callback: Any  # what records an evaluation
     _rewards: Tensor | None  # set by _calculate_rewards, over all ranks
 
@@ -79,9 +81,10 @@ class HeldOutTrainer(trl.GRPOTrainer):
 
         Random numbers are the evaluation's own, the same each time: measuring does not change what is trained.
         """
+        self.run_callback.start_eval()
         self._heldout: list[Tensor] = []
         self._domains: list[str] = []
-        with torch.random.fork_rng():
+        with self.clock.phase("evaluation"), torch.random.fork_rng():
             torch.manual_seed(self.args.seed + 1 + self.accelerator.process_index)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         samples = self.num_generations_eval

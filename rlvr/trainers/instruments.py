@@ -10,15 +10,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlvr.controls.covariance import covariance
+from rlvr.controls.covariance import products, token_means
 from rlvr.diagnostics import (
     doubling_edges,
-    entropy_by_position,
     explained_variance,
+    histogram,
+    mean_by_position,
     quantile_shares,
     quantiles,
     top_share_means,
 )
+from rlvr.monitor.histograms import HISTOGRAMS
 from rlvr.objective import reference_kl
 from rlvr.rollout.parity import Mismatch
 from rlvr.surrogates import Clipped
@@ -173,46 +175,94 @@ def _add(into: dict[str, Mean], means: Metrics) -> None:
 
 
 class TokenDiagnostics:
-    """How covariance and entropy are spread over the tokens of a step, over all ranks; nothing when not `active`."""
+    """How what a step knows of its tokens is spread over them, over all ranks; nothing when not `active`.
+
+    details: of the step closed last, for its record: `entropy_by_position`, `mismatch_by_position`, `histograms`.
+    means: mean log-prob and advantage of its trained tokens, float64 [2]; None where they are not known.
+    """
 
     def __init__(self, active: bool) -> None:
         self._active = active
-        self._tokens: list[dict[str, Tensor]] = []
-        self.by_position: dict[str, list[float]] = {}
+        self._parts: list[dict[str, Tensor]] = []
+        self._weighted = False
+        self.details: dict[str, Any] = {}
+        self.means: Tensor | None = None
 
-    def add(self, tokens: Tokens) -> None:
-        """One micro-batch."""
-        if self._active and tokens.entropy is not None and tokens.position is not None:
-            columns = {"logps": tokens.logps, "advantages": tokens.advantages, "entropy": tokens.entropy}
-            self._tokens.append({k: x.detach() for k, x in columns.items()} | {"position": tokens.position})
+    def add(self, tokens: Tokens, coefficients: Coefficients) -> None:
+        """One micro-batch, with the tokens that controls take out of the loss."""
+        if not self._active or tokens.entropy is None or tokens.position is None:
+            return
+        keep, weight = coefficients.keep, coefficients.weight
+        self._weighted = self._weighted or keep is not None or weight is not None
+        keep = torch.ones_like(tokens.logps, dtype=torch.bool) if keep is None else keep
+        weight = torch.ones_like(tokens.logps) if weight is None else weight
+        part = {
+            "logps": tokens.logps,
+            "advantages": tokens.advantages,
+            "entropy": tokens.entropy,
+            "position": tokens.position,
+            "keep": keep,
+            "weight": torch.where(keep, weight, 0.0),
+        }
+        if tokens.rollout_logps is not None:
+            part["mismatch"] = (tokens.old_logps.double() - tokens.rollout_logps.double()).abs()
+        self._parts.append({name: x.detach() for name, x in part.items()})
 
     def close(self, reduce: Reduce) -> dict[str, float]:
-        """The step's metrics, and its entropy by position in `by_position`; starts anew."""
-        self.by_position = {}
-        if not self._tokens:  # not active, or the policy was not trained
+        """The step's metrics; what else there is to tell is in `details` and `means`. Starts anew."""
+        self.details, self.means = {}, None
+        if not self._parts:  # not active, or the policy was not trained
             return {}
-        step = {name: torch.cat([part[name] for part in self._tokens]) for name in self._tokens[0]}
-        self._tokens = []
-        nothing = torch.zeros_like(step["position"])
-        logps, advantages = step["logps"], step["advantages"].to(step["logps"].dtype)
-        tokens = Tokens(logps=logps, old_logps=logps, advantages=advantages, sequence=nothing, num_sequences=1)
-        cov, total = covariance(tokens, reduce)
+        step = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        weighted, self._parts, self._weighted = self._weighted, [], False
+        keep, weight = step.pop("keep"), step.pop("weight")
+        logps, entropy, position = step["logps"][keep], step["entropy"][keep], step["position"][keep]
+        advantages = step["advantages"][keep].to(logps.dtype)
+        means, total = token_means(logps, advantages, reduce)
         if not total:
             return {}
+        self.means = means
+        cov = products(logps, advantages, means)
+        values = {"entropy": entropy, "covariance": cov, "advantage": advantages}
+        placed = {"entropy_by_position": (position, entropy)}
+        if weighted:
+            values["weight"] = weight
+        if "mismatch" in step:
+            known = step["mismatch"].isfinite()  # as in the metrics of the mismatch
+            values["mismatch"] = step["mismatch"][known]
+            placed["mismatch_by_position"] = (step["position"][known], values["mismatch"])
         edges = doubling_edges(16, _longest(step["position"], reduce))
-        bins = entropy_by_position(step["position"], step["entropy"], edges)
-        sums = reduce.sum(torch.stack([torch.stack([b.total.to(cov.device), b.count.to(cov.device)]) for b in bins]))
-        self.by_position = {
-            "edges": [float(edge) for edge in edges],
-            "mean": [float(x / n) if n else 0.0 for x, n in sums],
-            "count": [float(n) for _, n in sums],
-        }
+        self.details = _by_position(placed, edges, reduce) | {"histograms": _histograms(values, reduce)}
         found = {"covariance/mean": float(reduce.sum(cov.sum())) / total}
         found |= {
             f"covariance/top_2_in_{round(2 / q)}": m.value() for q, m in top_share_means(cov, reduce=reduce).items()
         }
-        shares = quantile_shares(step["entropy"], reduce=reduce)
+        shares = quantile_shares(entropy, reduce=reduce)
         return found | {f"entropy/share_top_{100 - 100 * q:g}pct": m.value() for q, m in shares.items() if m.total}
+
+
+def _by_position(
+    placed: Mapping[str, tuple[Tensor, Tensor]], edges: tuple[int, ...], reduce: Reduce
+) -> dict[str, dict[str, list[float]]]:
+    """Means over all ranks, by name.   placed: positions and values of this rank's tokens, each [N]."""
+    bins = [mean for position, values in placed.values() for mean in mean_by_position(position, values, edges)]
+    device = next(iter(placed.values()))[0].device
+    sums = reduce.sum(torch.stack([torch.stack([b.total.to(device), b.count.to(device)]) for b in bins]))
+    return {
+        name: {
+            "edges": [float(edge) for edge in edges],
+            "mean": [x / n if n else 0.0 for x, n in of_name.tolist()],
+            "count": of_name[:, 1].tolist(),
+        }
+        for name, of_name in zip(placed, sums.split(len(edges)), strict=True)
+    }
+
+
+def _histograms(values: Mapping[str, Tensor], reduce: Reduce) -> dict[str, list[int]]:
+    """Counts over all ranks in the bins of HISTOGRAMS, by name.   values: [N] of this rank."""
+    counts = [histogram(x, HISTOGRAMS[name].edges) for name, x in values.items()]
+    summed = reduce.sum(torch.cat(counts)).split([len(part) for part in counts])
+    return {name: part.tolist() for name, part in zip(values, summed, strict=True)}
 
 
 def _longest(position: Tensor, reduce: Reduce) -> int:

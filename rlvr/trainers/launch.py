@@ -96,7 +96,15 @@ def train(
             raise
         if trainer.is_world_process_zero():
             print(format_summary(summarize(output_dir)))
-            print(f"report      {write_report(output_dir)}\ncheckpoint  {output_dir}/model")
+            print(f"report      {_report(output_dir)}\ncheckpoint  {output_dir}/model")
+
+
+def _report(output_dir: str) -> str:
+    """Its path, or why there is none: a training that has come to its end does not fail of that."""
+    try:
+        return str(write_report(output_dir))
+    except ConfigError as error:
+        return f"not written: {error}"
 
 
 def train_sft(task_config: TaskConfig, args: SFTConfig, model_config: ModelConfig) -> None:

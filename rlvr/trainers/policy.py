@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from rlvr.alarm import Alert
 from rlvr.errors import ConfigError
 from rlvr.mole.model import MoleConfig, expert_layers
 from rlvr.mole.tracker import RouterTracker
@@ -127,9 +128,10 @@ class PolicyTrainer(ResumingTrainer):
         self.meter = StepMeter(self.accelerator)
         self.guard = StepGuard(self, args.max_skipped_steps)
         self.diagnostics = TokenDiagnostics(args.diagnostics)
-        self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config, args.alarm)
+        alarms = (args.alarm, args.mismatch_limit)
+        self.steering = Steering(args.control_list, args.surrogate_fn, args.thermostat_config, *alarms)
         self.step_metrics: dict[str, float] = {}
-        self.alerts: list[str] = []  # of the step at hand
+        self.alerts: list[Alert] = []  # of the step at hand
         self._rollout_step = self._rollout_number = self._saved_step = -1
         self._parity_checked = False
         self._buffered_inputs = None
@@ -175,7 +177,8 @@ class PolicyTrainer(ResumingTrainer):
         with self.clock.phase("verify"):
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
         if infinite := int(rewards.isinf().sum()):
-            self.alert(f"{infinite} rewards of a rollout are infinite: such completions count as not scored")
+            told = f"{infinite} rewards of a rollout are infinite: such completions count as not scored"
+            self.alert(Alert("reward", told))
             rewards = rewards.masked_fill(rewards.isinf(), torch.nan)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # (B * ranks,), NaN: not scored
@@ -189,7 +192,7 @@ class PolicyTrainer(ResumingTrainer):
                 self._measured = None  # at most the reference was passed
             self._rollout_step = self.state.global_step
             self._rollout_number = self._step // (self.args.steps_per_generation * self.num_iterations)
-            self.run_callback.start_rollout(self._rollout_step)
+            self.run_callback.samples.start_rollout(self._rollout_step)
             self.meter.start_rollout(self._rollout_step, bridge.take_rollout_metrics(self._metrics["train"]))
             bridge.number_sequences(batch, self.accelerator.process_index)
             self._set_rewards(batch)
@@ -205,6 +208,7 @@ class PolicyTrainer(ResumingTrainer):
     def _set_rewards(self, batch: dict[str, Any]) -> None:
         assert self._rewards is not None
         batch[bridge.REWARD] = self._mine(self._rewards)
+        self.run_callback.add_groups(bridge.rollout_prompts(self._logs, len(self._rewards)), self._rewards)
         groups = self._rewards.view(-1, self.num_generations)
         constant = groups.nan_to_num(-torch.inf).amax(dim=1) <= groups.nan_to_num(torch.inf).amin(dim=1)
         rates = pass_rates(self._rewards, self.num_generations, self.args.pass_reward)
@@ -259,11 +263,11 @@ class PolicyTrainer(ResumingTrainer):
         self._skips = skipped is not None
         self.step_metrics["optim/skipped"] = float(self._skips)
         if skipped is not None:
-            self.alert(skipped)
-        if math.isfinite(entropy := step.metrics.get("entropy/mean", math.nan)):
-            self.step_metrics |= self.steering.observe(entropy)
-            for alert in self.steering.alerts:
-                self.alert(alert)
+            self.alert(Alert("skipped", skipped))
+        seen = (step.metrics.get(name, math.nan) for name in ("entropy/mean", "mismatch/kl"))
+        self.step_metrics |= self.steering.observe(*seen)
+        for alert in self.steering.alerts:
+            self.alert(alert)
         self.progress.show(self.step_metrics)
         if step.mismatch is not None:
             check_parity(step.mismatch, engine_tolerance(self), self.state.global_step)
@@ -272,11 +276,12 @@ class PolicyTrainer(ResumingTrainer):
         """Norms of gradients beside the policy's, which are clipped by it."""
         return {}
 
-    def alert(self, text: str) -> None:
-        """What a person should know: a line of the log, and of the step's record. Called on every rank."""
-        self.alerts.append(text)
+    def alert(self, alert: Alert) -> None:
+        """A line of the log, of the step's record and, if there is one, to the webhook. Called on every rank."""
+        self.alerts.append(alert)
         if self.is_world_process_zero():
-            logger.warning("%s", text)
+            logger.warning("%s", alert.message)
+            self.run_callback.tell(self.state.global_step + 1, alert)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

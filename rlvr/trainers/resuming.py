@@ -64,7 +64,8 @@ class ResumingTrainer(ControlledTrainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / STATE))
 
-        self._write_whole(final, final.parent / ASIDE, write)
+        with self.clock.phase("checkpoint"):
+            self._write_whole(final, final.parent / ASIDE, write)
         self._saved_step = step
         if self.args.should_save:
             rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -133,7 +134,7 @@ class ResumingTrainer(ControlledTrainer):
             "rollout_step": self._rollout_step,
             "rollout_number": self._rollout_number,
             "meter": self.meter.state_dict(),
-            "sampled": self.run_callback.sampled,
+            "sampled": self.run_callback.samples.sampled,
         }
         write_batches(self._rollout_file(folder), self._buffered_inputs, state)
 
@@ -151,7 +152,7 @@ class ResumingTrainer(ControlledTrainer):
         self._buffered_inputs = batches
         self._rollout_step, self._rollout_number = state["rollout_step"], state["rollout_number"]
         self.meter.load_state_dict(state["meter"])
-        self.run_callback.sampled = state["sampled"]
+        self.run_callback.samples.sampled = state["sampled"]
 
     # ---------------------------------------------------------------------------------------------- going on
 

@@ -16,6 +16,7 @@ from rlvr.tasks.load import Task
 from rlvr.trainers.adapters import AdapterFields, choose_adapter
 from rlvr.trainers.distributed import AcceleratorReduce, reduce_means
 from rlvr.trainers.launch_modes import check_deepspeed, check_launch, check_precision
+from rlvr.trainers.sinks import Sinks, check_report_to
 from rlvr.types import Mean
 
 
@@ -29,6 +30,7 @@ class SFTConfig(AdapterFields, trl.SFTConfig):
         super().__post_init__()
         check_precision(self)
         check_deepspeed(self)
+        check_report_to(self)
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -47,6 +49,7 @@ class SFTTrainer(trl.SFTTrainer):
         layers = expert_layers(unwrapped)
         self.routers = RouterTracker(base.base_model, layers) if layers else None
         self._terms: dict[str, Mean] = {}
+        Sinks(self)  # so that they know our names
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

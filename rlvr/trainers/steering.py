@@ -1,11 +1,12 @@
 """The controls, surrogate and thermostat of a run as they stand now: what may change from step to step lives here."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from rlvr.alarm import EntropyAlarm, EntropyAlarmError, steps_outside
+from rlvr.alarm import Alert, EntropyAlarm, EntropyAlarmError, MismatchAlarm, steps_outside
 from rlvr.controls import Control, decide
 from rlvr.controls.base import Outcome, Scope
 from rlvr.errors import ConfigError, unknown
@@ -34,14 +35,16 @@ class Steering:
         surrogate: Surrogate,
         thermostat: Thermostat | None = None,
         alarm: EntropyAlarm | None = None,
+        mismatch_alarm: MismatchAlarm | None = None,
     ) -> None:
         self.controls = {control.name: control for control in controls}
         self.surrogate = surrogate
         self.thermostat = thermostat
-        self.alarm = alarm or EntropyAlarm()
+        self.alarm, self.mismatch_alarm = alarm or EntropyAlarm(), mismatch_alarm or MismatchAlarm()
         self._outside = 0  # steps in a row beyond the alarm's limits
+        self._apart = 0  # steps in a row with engine and trainer beyond the other alarm's
         self._engaged = self.alarm.action != "thermostat"
-        self.alerts: list[str] = []  # what a person should know of the step observed last
+        self.alerts: list[Alert] = []  # what a person should know of the step observed last
         self._started: dict[str, Control] = dict(self.controls)
         self._state: ThermostatState | None = None
         if thermostat is not None:
@@ -66,12 +69,16 @@ class Steering:
             type(control).observe is not Control.observe for control in self.controls.values()
         )
 
-    def observe(self, entropy: float) -> dict[str, float]:
-        """Take in the entropy of a finished step, over all ranks; returns what alarm and thermostat have to tell.
+    def observe(self, entropy: float, mismatch: float = math.nan) -> dict[str, float]:
+        """Take in a finished step, over all ranks; returns what alarm and thermostat have to tell.
 
+        entropy: its mean.   mismatch: KL from engine to trainer, nats. Either is NaN where it was not measured.
         Raises: EntropyAlarmError.
         """
         self.alerts = []
+        self._watch_engine(mismatch)
+        if not math.isfinite(entropy):
+            return {}
         told = self._alarm(entropy)
         self.controls = {name: control.observe(entropy) for name, control in self.controls.items()}
         if self.thermostat is None or self._state is None or not self._engaged:
@@ -79,7 +86,7 @@ class Steering:
         self._state = self.thermostat.step(self._state, entropy)
         alarm = self.thermostat.alarm(self._state, entropy)
         if alarm:
-            self.alerts.append(alarm)
+            self.alerts.append(Alert("thermostat", alarm))
         return told | {
             "thermostat/value": self._move(self._state),
             "thermostat/position": self._state.position,
@@ -93,9 +100,16 @@ class Steering:
             raise EntropyAlarmError(f"{message}: entropy_alarm stops the run; start from an earlier checkpoint")
         if message is not None:
             begins = "; the thermostat begins to act" if not self._engaged else ""
-            self.alerts.append(message + begins)
+            self.alerts.append(Alert("collapse" if self._outside < 0 else "explosion", message + begins))
             self._engaged = True
         return {"entropy/outside": float(self._outside)}
+
+    def _watch_engine(self, mismatch: float) -> None:
+        if not math.isfinite(mismatch):
+            return
+        self._apart = steps_outside(self._apart, mismatch, -math.inf, self.mismatch_alarm.limit)
+        if message := self.mismatch_alarm.message(self._apart, mismatch):
+            self.alerts.append(Alert("mismatch", message))
 
     def _move(self, state: ThermostatState) -> float:
         assert self.thermostat is not None
@@ -121,7 +135,8 @@ class Steering:
         thermostat = None
         if self.thermostat is not None and self._state is not None:
             thermostat = {"settings": self._range(), "value": self._lever().value, "state": asdict(self._state)}
-        alarm = {"outside": self._outside, "set_off": self._engaged and self.alarm.action == "thermostat"}
+        set_off = self._engaged and self.alarm.action == "thermostat"
+        alarm = {"outside": self._outside, "set_off": set_off, "apart": self._apart}
         return {"controls": moved, "thermostat": thermostat, "alarm": alarm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,7 +146,7 @@ class Steering:
         Raises: ConfigError if a control's new settings do not admit the value that it had reached.
         """
         alarm = state.get("alarm", {})
-        self._outside = alarm.get("outside", 0)
+        self._outside, self._apart = alarm.get("outside", 0), alarm.get("apart", 0)
         self._engaged = self._engaged or alarm.get("set_off", False)
         for name, changes in state.get("controls", {}).items():
             if name in self.controls:

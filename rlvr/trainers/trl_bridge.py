@@ -127,6 +127,11 @@ def tell_advantages(logs: Mapping[str, Any], of_rollout: Tensor) -> None:
     told.extend(of_rollout.tolist())
 
 
+def rollout_prompts(logs: Mapping[str, Any], completions: int) -> list[Any]:
+    """Of each of a rollout's completions, over all ranks, out of TRL's table of completions, which every rank has."""
+    return list(logs["prompt"])[-completions:]
+
+
 def attach_values(batch: dict[str, Any], values: Tensor, returns: Tensor, reduce: Reduce) -> None:
     """Put a critic's values and what they should have been, each (B, T), into the rollout."""
     batch[_VALUES], batch[_RETURNS] = values, returns

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from rlvr.law import fit_law
-from rlvr.monitor.figures import LIGHT, Picture, Records, Theme, render
 from rlvr.monitor.records import read_evals, read_steps, rollout_points, series
+
+from .drawing import COLORS, GRID, render
 
 SHARES = (0.10, 0.25, 0.50, 1.0)
 WINDOW = 5  # rollouts that are averaged: which problems a rollout draws moves its reward by about .05
@@ -113,18 +114,18 @@ def picture(curves: dict[str, list[list[float]]], updates: int, band: Band) -> b
     curves: entropy of each rollout, of each seed, by method.
     """
 
-    def draw(figure: Any, _: Records, theme: Theme) -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.axhspan(band.low, band.high, color=theme.grid, alpha=0.6, label=f"band {band.low:g} to {band.high:g}")
+        axes.axhspan(band.low, band.high, color=GRID, alpha=0.6, label=f"band {band.low:g} to {band.high:g}")
         for number, (method, seeds) in enumerate(curves.items()):
-            color = theme.colors[number % len(theme.colors)]
+            color = COLORS[number % len(COLORS)]
             entropy = np.array(seeds)
             steps = updates * (np.arange(entropy.shape[1]) + 0.5)
-            axes.plot(steps, entropy.mean(0), "-" if number < len(theme.colors) else "--", color=color, label=method)
+            axes.plot(steps, entropy.mean(0), "-" if number < len(COLORS) else "--", color=color, label=method)
             axes.fill_between(steps, entropy.min(0), entropy.max(0), color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("entropy (nats)")
         axes.set_ylim(0, TOP)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
-    return render(Picture("lab", "Entropy", (), draw), Records([], []), LIGHT)
+    return render(draw)

@@ -1,17 +1,13 @@
-"""What the summary and the report make of a run, on a synthetic run that looks like a real one."""
+"""What the summary makes of a run, on a synthetic run that looks like a real one."""
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlvr.errors import ConfigError
-from rlvr.monitor import Recorder, format_summary, summarize, write_report
-from rlvr.monitor.pictures import PICTURES, rounds
-
-HOSTILE = "<script>alert('x')</script> & \"quoted\" \u202e"
+from rlvr.monitor import Recorder, format_summary, summarize
 
 
 def synthetic_run(run_dir: Path, num_steps: int = 160, seed: int = 0) -> Path:
@@ -25,8 +21,6 @@ def synthetic_run(run_dir: Path, num_steps: int = 160, seed: int = 0) -> Path:
         if step % max(1, num_steps // 4) == 0:
             reward = 0.22 + 0.3 * (1 - math.exp(-3 * step / num_steps))
             recorder.record_eval(step, {"heldout/reward": reward, "heldout/reward_ci95": 0.04})
-    for step in (1, num_steps):
-        recorder.record_tokens(step, synthetic_tokens(rng, sequences=5, length=120))
     recorder.finish()
     return run_dir
 
@@ -77,46 +71,6 @@ def synthetic_step(rng: np.random.Generator, step: int, num_steps: int) -> dict[
     return values
 
 
-def synthetic_tokens(rng: np.random.Generator, sequences: int, length: int) -> dict[str, list]:
-    words = [
-        "So",
-        " we",
-        " have",
-        " 3",
-        " x",
-        " =",
-        " 12",
-        ",",
-        " hence",
-        " x",
-        " =",
-        " 4",
-        ".\n",
-        "Wait",
-        ", let",
-        " me",
-    ]
-    tokens = [[words[int(i)] for i in rng.integers(0, len(words), length)] for _ in range(sequences)]
-    tokens[0][:3] = [HOSTILE, "bad \ud83d half", "nul \0"]
-    entropy = rng.gamma(0.35, 1.0, (sequences, length))
-    logps = -entropy * rng.random((sequences, length))
-    return {
-        "sequence": list(range(sequences)),
-        "prompt_index": [0] * sequences,
-        "prompt": [f"Solve 3x = 12. {HOSTILE}"] * sequences,
-        "completion": ["".join(row) for row in tokens],
-        "reward": [float(i % 2) for i in range(sequences)],
-        "advantage": [1.0 - 2.0 * (i % 2) for i in range(sequences)],
-        "token_ids": rng.integers(0, 50_000, (sequences, length)).tolist(),
-        "tokens": tokens,
-        "entropy": entropy.tolist(),
-        "logps": logps.tolist(),
-        "rollout_logps": [None] * sequences,
-        "weight": np.where(rng.random((sequences, length)) < 0.02, 0.0, 1.0).tolist(),
-        "keep": [[True] * length] * sequences,
-    }
-
-
 # summary
 
 
@@ -161,49 +115,3 @@ def test_summary_fits_a_terminal(tmp_path):
     text = format_summary(summarize(synthetic_run(tmp_path)))
     assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 100 + len(str(tmp_path))
     assert "not measured" not in text and "0.220 ± 0.036" in text
-
-
-# report
-
-
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = synthetic_run(tmp_path_factory.mktemp("reported"), num_steps=24)
-    assert write_report(run_dir) == run_dir / "report.html"
-    return run_dir
-
-
-def test_report_is_self_contained_and_explains_its_metrics(reported):
-    page = (reported / "report.html").read_text()
-    assert not re.search(r"(src|href|srcset)=\"(?!data:)", page) and "http" not in re.sub("http-equiv", "", page)
-    for name in ("entropy/mean", "heldout/reward", "clip_cov/masked", "mismatch/kl", "time/rollout"):
-        assert f"<td>{name}</td>" in page
-    drawn = ["entropy_and_reward", "law", "mismatch", "time", "touched"]
-    assert sorted(path.stem for path in (reported / "report").iterdir()) == drawn
-    for name in drawn:
-        assert (reported / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("data:image/png;base64,") == 2 * len(drawn)
-    assert "clip_cov" in page and "hf_abc" not in page
-
-
-def test_report_escapes_model_output(reported):
-    page = (reported / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in page
-    assert "\0" not in page and "\u202e" not in page
-    assert 'class="t x"' in page
-
-
-@pytest.mark.parametrize(("most", "expected"), [(9, [[1], [2, 3], [4, 5], [6]]), (2, [[1, 2, 3], [4, 5, 6]])])
-def test_rounds_cut_before_rollouts(most, expected):
-    rollouts = {2, 4, 6}
-    steps = [{"step": n, "metrics": {"time/rollout": 1.0} if n in rollouts else {}} for n in range(1, 7)]
-    assert [[record["step"] for record in chunk] for chunk in rounds(steps, most)] == expected
-    assert [len(chunk) for chunk in rounds(steps[:1], most)] == [1]
-
-
-def test_report_of_an_empty_run_says_what_is_missing(tmp_path):
-    Recorder(tmp_path / "run")
-    page = write_report(tmp_path / "run", tmp_path / "out" / "page.html")
-    assert page == tmp_path / "out" / "page.html"
-    assert page.read_text().count("Not measured:") == sum(not picture.optional for picture in PICTURES)
-    assert not (tmp_path / "run" / "report").exists()

@@ -1,0 +1,257 @@
+"""The page in a real browser: it draws, follows, explains itself, and a completion is never more than text."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, needs_browser
+from dashboard_cases import HOSTILE, heldout, step_details, step_metrics, token_columns, write_run
+from dashboard_server import Server
+
+from rlvr.monitor import Recorder, write_report
+
+pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+VIEWS = ("overview", "law", "dynamics", "controls", "tokens", "positions", "prompts", "engine", "router", "run")
+RECORDED = Path(__file__).parent / "data" / "recorded"  # runs of real trainings, see its README
+ATTACK = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><b>bold</b>{{7*7}}"
+
+
+@contextmanager
+def served(runs_dir: Path) -> Iterator[str]:
+    """The address of `rlvr dashboard` on the runs."""
+    server = Server(runs_dir)
+    try:
+        yield f"http://127.0.0.1:{server.port}/"
+    finally:
+        assert server.end()[0] == 0
+
+
+def check_drawn(page: Browser, view: str) -> list[str]:
+    """Titles of the cards that the view shows; each has a picture with something in it."""
+    page.view(view)
+    assert page.run("return document.querySelector('.complaint')?.textContent") is None
+    cards = page.drawn()
+    for card in cards:
+        if card["shown"]:
+            assert card["painted"] > 500 and card["series"], card
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth"), f"{view} is wider than the window"
+    return [card["title"] for card in cards if card["shown"]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "everything", 120)
+    write_run(folder / "others" / "plain", 90, seed=1, features=("controls", "mismatch"))
+    return folder
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_view_draws_a_run_that_records_everything(browser: Browser, runs: Path, theme: str) -> None:
+    with served(runs) as address:
+        browser.open(f"{address}#run=everything")
+        if browser.run("return document.documentElement.dataset.theme") != theme:
+            browser.run("document.getElementById('theme').click()")
+        shown = {view: check_drawn(browser, view) for view in VIEWS}
+        assert browser.run("return document.documentElement.dataset.theme") == theme
+    assert "Entropy and reward" in shown["overview"]
+    assert {"Reward against exp(entropy)", "What the fit leaves over"} <= set(shown["law"])
+    assert {"Covariance of log-prob and advantage", "Measured against predicted, by step"} <= set(shown["dynamics"])
+    assert {"Tokens that controls changed", "Thermostat", "Weights on the tokens"} <= set(shown["controls"])
+    assert "Mismatch of engine and trainer by position" in shown["positions"]
+    assert shown["prompts"] == ["Groups of a rollout"]
+    assert {"KL from the sampler to the trainer", "Mismatch of the tokens"} <= set(shown["engine"])
+    assert {"Entropy by layer", "Load by layer and expert, at the last step"} <= set(shown["router"])
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("name", ["grpo", "mixture"])
+def test_every_view_draws_what_a_real_training_recorded(browser: Browser, name: str) -> None:
+    with served(RECORDED) as address:
+        browser.open(f"{address}#run={name}")
+        for view in VIEWS:
+            check_drawn(browser, view)
+    assert browser.complaints() == []
+
+
+def test_a_report_is_the_same_page_without_a_server(browser: Browser, runs: Path, tmp_path: Path) -> None:
+    page = write_report(runs / "everything", tmp_path / "report.html")
+    browser.open(page.as_uri())
+    for view in VIEWS:
+        assert check_drawn(browser, view) or view in ("tokens", "run")
+    assert browser.run("return performance.getEntriesByType('resource').map((one) => one.name)") == []
+    assert browser.complaints() == []
+
+
+def test_steps_that_arrive_are_drawn(browser: Browser, tmp_path: Path) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    recorder = Recorder(tmp_path / "growing", {"model": "tiny", "max_steps": 40})
+    features = ("controls",)
+    last_x = "return [...drawn][0].chart?.getOption().series[0].data.at(-1)[0]"
+    with served(tmp_path) as address:
+        browser.open(address)
+        assert "No optimizer step" in browser.run("return document.getElementById('view').textContent")
+        for step in range(1, 21):
+            recorder.record_step(step, step_metrics(rng, step, 40, features), **step_details(rng, step, 40, features))
+        browser.until(f"{last_x} === 20")
+        assert "running" in browser.run("return document.getElementById('runs').textContent")
+        for step in range(21, 41):
+            recorder.record_step(step, step_metrics(rng, step, 40, features), **step_details(rng, step, 40, features))
+        recorder.record_eval(40, heldout(0.5))
+        recorder.finish()
+        browser.until(f"{last_x} === 40")
+        browser.until("return document.getElementById('status').textContent.includes('finished')")
+        assert browser.complaints() == []
+
+
+def test_a_run_that_begins_while_the_page_is_open_is_shown(browser: Browser, tmp_path: Path) -> None:
+    with served(tmp_path) as address:
+        browser.open(address)
+        assert "Waiting for a run" in browser.run("return document.getElementById('view').textContent")
+        write_run(tmp_path / "late", 12, features=("controls",))
+        browser.until("return document.getElementById('runs').textContent.includes('late')")
+        browser.until("return [...drawn].some((card) => card.chart)")
+
+
+def test_a_hostile_run_is_text(browser: Browser, tmp_path: Path) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    run_dir = tmp_path / "runs" / "<img src=x onerror=window.hacked=1>"
+    recorder = Recorder(run_dir, {"model": ATTACK, "max_steps": 2, "controls": [ATTACK], ATTACK: ATTACK})
+    for step in (1, 2):
+        recorder.record_step(step, step_metrics(rng, step, 2, ()), **step_details(rng, step, 2, ()))
+    columns = token_columns(rng, features=("tokens",))
+    size = len(columns["tokens"])
+    columns |= {"prompt": [ATTACK] * size, "completion": [ATTACK] * size}
+    columns["tokens"] = [[ATTACK, *row[1:]] for row in columns["tokens"]]
+    recorder.record_tokens(1, columns)
+    recorder.finish("failed", ATTACK)
+    report = write_report(run_dir, tmp_path / "report.html")
+
+    def check(address: str) -> None:
+        browser.open(address)
+        for view in VIEWS:
+            browser.view(view)
+            browser.drawn()
+            assert browser.run("return window.hacked") is None
+            assert browser.run("return document.querySelectorAll('#view img, #view b b, #view script').length") == 0
+        browser.view("tokens")
+        assert ATTACK in browser.run("return document.getElementById('view').textContent")
+        browser.view("run")
+        assert ATTACK in browser.run("return document.getElementById('view').textContent")
+        assert [text for text in browser.complaints() if "onerror" in text or "hacked" in text] == []
+
+    with served(tmp_path / "runs") as address:
+        check(address)
+    check(report.as_uri())
+    assert HOSTILE  # the runs of every other test carry it in prompts, completions and settings
+
+
+def test_several_runs_lie_one_over_the_other(browser: Browser, runs: Path) -> None:
+    with served(runs) as address:
+        browser.open(f"{address}#run=everything&run=others/plain")
+        browser.drawn()
+        names = browser.run("return [...new Set([...drawn][0].chart.getOption().series.map((one) => one.name))]")
+        assert {"everything", "plain"} <= set(names)
+        browser.run("choose(['others/plain'])")
+        browser.until("return [...drawn].length && context.runs.length === 1")
+        browser.drawn()
+        names = browser.run("return [...new Set([...drawn][0].chart.getOption().series.map((one) => one.name))]")
+        assert "everything" not in names
+        assert browser.run("return new URLSearchParams(location.hash.slice(1)).getAll('run')") == ["others/plain"]
+
+
+def test_axes_smoothing_and_logarithm_change_the_lines(browser: Browser, runs: Path) -> None:
+    first = "return [...drawn][0].chart.getOption().series[0].data"
+    with served(runs) as address:
+        browser.open(f"{address}#run=everything")
+        raw = browser.drawn() and browser.run(first)
+        browser.run("return change({smooth: 25})")
+        browser.until("return [...drawn][0].chart.getOption().series.length > arguments[0]", 3)
+        smooth = browser.drawn() and browser.run(first)
+        browser.run("change({axis: 'tokens', smooth: 1})")
+        browser.until("return [...drawn][0].chart.getOption().xAxis.at(-1).name === 'tokens trained on'")
+        tokens = browser.drawn() and browser.run(first)
+        browser.run("change({axis: 'step', log: true})")
+        browser.until("return [...drawn][0].chart.getOption().yAxis[0].type === 'log'")
+    assert [x for x, _ in raw] == list(range(1, 121)) and tokens[-1][0] > 1e5
+    spread = [max(y) - min(y) for y in ([v for _, v in part[60:]] for part in (raw, smooth))]
+    assert spread[1] < spread[0]
+    middle = [value for _, value in raw[60 - 12 : 60 + 13]]
+    assert smooth[60][1] == pytest.approx(sum(middle) / 25, rel=1e-9)
+
+
+def test_the_keyboard_reaches_everything(browser: Browser, runs: Path) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    with served(runs) as address:
+        browser.open(f"{address}#run=everything")
+        view = "return document.querySelector('[role=tab][aria-selected=true]').textContent"
+        ActionChains(browser.driver).send_keys("5").perform()
+        browser.until(f"{view} === 'Tokens'")
+        assert browser.run("return document.activeElement.id") == "tab-tokens"
+        ActionChains(browser.driver).send_keys(Keys.ARROW_RIGHT).perform()
+        browser.until(f"{view} === 'Positions'")
+        ActionChains(browser.driver).send_keys("1").perform()
+        browser.until(f"{view} === 'Overview' && [...drawn].length > 3")
+        reached = set()
+        for _ in range(60):
+            ActionChains(browser.driver).send_keys(Keys.TAB).perform()
+            reached.add(browser.run(_WHERE))
+        assert {"INPUT checkbox", "SELECT", "SUMMARY What this shows", "BUTTON"} <= reached
+        browser.view("tokens")
+        browser.run("document.querySelector('#view .text[tabindex]').focus()")
+        ActionChains(browser.driver).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
+        assert "token 1" in browser.run("return document.querySelector('#view [aria-live]').textContent")
+
+
+_WHERE = """
+const one = document.activeElement;
+return [one.tagName, one.type === 'checkbox' ? 'checkbox' : one.getAttribute('aria-label') || ''].join(' ').trim()
+  .replace(/^BUTTON.*/, 'BUTTON');
+"""
+
+
+def test_every_metric_that_is_shown_explains_itself(browser: Browser, runs: Path) -> None:
+    with served(runs) as address:
+        browser.open(f"{address}#run=everything")
+        browser.run("document.querySelector('#view > details.fold').open = true")
+        browser.until("return [...drawn].length > 40")
+        names = browser.run("return [...document.querySelectorAll('#view .info dt')].map((one) => one.textContent)")
+        told = browser.run("return [...document.querySelectorAll('#view .info dd')].map((one) => one.textContent)")
+    assert len(names) > 60 and "entropy/mean" in names
+    assert all(len(text) > 10 for text in told)
+    assert "nats" in told[names.index("entropy/mean")] and "0.2 to 1.0" in told[names.index("entropy/mean")]
+
+
+def test_a_damaged_run_is_named_and_the_others_are_drawn(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path / "good", 20, features=())
+    write_run(tmp_path / "bad", 20, features=())
+    lines = (tmp_path / "bad" / "steps.jsonl").read_bytes().splitlines()
+    lines[7] = b'{"step": 8, "met'
+    (tmp_path / "bad" / "steps.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    with served(tmp_path) as address:
+        browser.open(address)
+        browser.until("return document.getElementById('problems').textContent.includes('line 8 is damaged')")
+        check_drawn(browser, "overview")
+
+
+def test_a_zoom_asks_for_the_steps_in_it(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path / "long", 1500, features=())
+    with served(tmp_path) as address:
+        browser.open(f"{address}#run=long")
+        browser.drawn()
+        assert browser.run("return [...drawn][0].chart.getOption().series[0].data.length") < 700
+        browser.run("context.zoom([200, 300])")
+        browser.until("return [...drawn][0].chart.getOption().series[0].data.length === 101")
+        x: Any = browser.run("return [...drawn][0].chart.getOption().series[0].data.map((point) => point[0])")
+        assert x == list(range(200, 301))
+        browser.run("context.zoom(null)")
+        browser.until("return [...drawn][0].chart.getOption().series[0].data[0][0] < 10")
