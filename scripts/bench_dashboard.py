@@ -101,7 +101,9 @@ def paint(url: str, runs: int, when: str) -> None:
                 page.open(f"{url}#{chosen}")
                 took = float(page.run("return document.documentElement.dataset.ready"))
                 lines = page.run("return [...drawn][0].chart.getOption().series.length")
-                print(f"server {when}, {cached}: overview painted after {took:.0f} ms, {lines} lines in its first plot")
+                print(
+                    f"server {when}, {cached}: overview painted after {took:.0f} ms, {lines} lines in its first plot"
+                )
         finally:
             page.close()
 

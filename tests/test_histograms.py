@@ -107,7 +107,7 @@ def test_token_diagnostics_count_each_token_once() -> None:
     }
     assert counts["weight"][0] == int((~keep).sum()) > 0
     for name, number in (("entropy_by_position", int(keep.sum())), ("mismatch_by_position", 1000)):
-        assert found[name]["edges"] == list(doubling_edges(16, 1000)) and sum(found[name]["count"]) == number
+        assert found[name]["edges"] == list(doubling_edges(4, 1000)) and sum(found[name]["count"]) == number
     bins = found["mismatch_by_position"]
     mean = sum(m * n for m, n in zip(bins["mean"], bins["count"], strict=True)) / 1000
     assert mean == pytest.approx(float(expected["mismatch"].mean()), rel=1e-12)

@@ -231,7 +231,7 @@ class TokenDiagnostics:
             known = step["mismatch"].isfinite()  # as in the metrics of the mismatch
             values["mismatch"] = step["mismatch"][known]
             placed["mismatch_by_position"] = (step["position"][known], values["mismatch"])
-        edges = doubling_edges(16, _longest(step["position"], reduce))
+        edges = doubling_edges(4, _longest(step["position"], reduce))
         self.details = _by_position(placed, edges, reduce) | {"histograms": _histograms(values, reduce)}
         found = {"covariance/mean": float(reduce.sum(cov.sum())) / total}
         found |= {

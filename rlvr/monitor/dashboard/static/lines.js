@@ -87,8 +87,7 @@ class LineCard {
     this.card.legend(runs.length > 1 && !named ? dashes(this.panels) : []);
     const [top, bottom, between] = [named ? 46 : 26, 40, 34];
     const room = (this.card.box.clientHeight || parseInt(this.card.box.style.height)) - top - bottom - between * (count - 1);
-    const ends = range(shown.flatMap((line) => [line.x[0], line.x.at(-1)]));
-    const [low, high] = context.range || ends;
+    const [low, high] = context.range || [0, range(shown.map((line) => line.x.at(-1)))[1]];
     const series = shown.flatMap((line) => this.seriesOf(context, line, runs.length));
     this.panels.forEach((panel, index) => {
       for (const run of runs) {

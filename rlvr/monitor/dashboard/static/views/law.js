@@ -33,7 +33,7 @@ function lawTable(told) {
     const ceiling = believed ? `${formatNumber(fit.ceiling, 3)} [${formatNumber(fit.ceiling_low, 3)}, ${formatNumber(fit.ceiling_high, 3)}]` : "–";
     const recent = points.slice(-10).map((point) => point[2]);
     const now = recent.length ? formatNumber(recent.reduce((a, b) => a + b) / recent.length, 3) : "–";
-    return [run.name, h("span", {}, verdict, h("div", { class: "note" }, verdict_text || "")), h("span", { class: "soft" }, (formula || "").split(" over ")[0]), formatNumber(fit?.r2, 3), formatNumber(fit?.r2_linear, 3), ceiling, now];
+    return [run.name, h("span", {}, verdict, h("div", { class: "note" }, (verdict_text || "").replace(`${fit?.verdict}: `, ""))), h("span", { class: "soft" }, (formula || "").split(" over ")[0]), formatNumber(fit?.r2, 3), formatNumber(fit?.r2_linear, 3), ceiling, now];
   });
   return table(head, rows);
 }
