@@ -90,13 +90,24 @@ class MismatchAlarm:
         )
 
 
+def infinite_rewards(steps: int, count: int) -> str | None:
+    """A sentence about infinite rewards in the first step that has any, and in the second, fourth, ... such step.
+
+    steps: with infinite rewards so far, this one included.   count: infinite rewards of this one.
+    """
+    if not _due(steps, 1):
+        return None
+    before = f"; so it was in {steps} steps so far" if steps > 1 else ""
+    return f"{count} rewards of a step are infinite: such completions count as not scored{before}"
+
+
 def _due(steps: int, patience: int) -> bool:
     """Whether what has lasted so many steps is to be said: after `patience`, and twice, four times, ... as many."""
     times, rest = divmod(steps, patience)
     return not rest and times > 0 and not times & (times - 1)
 
 
-def steps_outside(before: int, entropy: float, low: float, high: float) -> int:
+def steps_outside(before: int, value: float, low: float, high: float) -> int:
     """Steps in a row outside [low, high], negative below it; `before` counts those up to this one."""
-    side = (entropy > high) - (entropy < low)
+    side = (value > high) - (value < low)
     return side * (1 + (abs(before) if before * side > 0 else 0))

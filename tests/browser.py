@@ -101,8 +101,9 @@ const look = (card) => {
   for (const card of drawn) {
     card.visible = true;
     await card.load();
-    card.flush();
   }
+  await drawing; // cards that came into sight meanwhile
+  for (const card of drawn) card.flush();
   done([...drawn].map(look));
 })();
 """

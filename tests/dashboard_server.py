@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
@@ -56,3 +58,13 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         _, said = self.process.communicate(timeout=30)
         return self.process.returncode, said
+
+
+@contextmanager
+def served(runs_dir: Path) -> Iterator[str]:
+    """The address of `rlvr dashboard` on the runs."""
+    server = Server(runs_dir)
+    try:
+        yield f"http://127.0.0.1:{server.port}/"
+    finally:
+        assert server.end()[0] == 0

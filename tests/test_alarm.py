@@ -20,8 +20,8 @@ THERMOSTAT = {"lever": "entropy_bonus.coef", "low": 6.0, "high": 7.0, "lowest": 
 
 def test_steps_outside_counts_in_a_row_and_by_side() -> None:
     outside, seen = 0, []
-    for entropy in (0.5, 0.1, 0.1, 0.5, 2.0, 2.0, 0.1):
-        outside = steps_outside(outside, entropy, 0.2, 1.0)
+    for value in (0.5, 0.1, 0.1, 0.5, 2.0, 2.0, 0.1):
+        outside = steps_outside(outside, value, 0.2, 1.0)
         seen.append(outside)
     assert seen == [0, -1, -2, 0, 1, 2, -1]
 

@@ -1,5 +1,6 @@
 """Alerts: their kinds in the records, the alarm of an engine that drifts away, and the settings of all of them."""
 
+import copy
 import json
 import math
 import pickle
@@ -18,6 +19,7 @@ from rlvr.monitor import Recorder, format_summary, summarize
 from rlvr.monitor.records import alerts_of, read_run, read_steps
 from rlvr.surrogates import PpoClip
 from rlvr.thermostat import Thermostat
+from rlvr.trainers.launch import parse_arguments
 from rlvr.trainers.steering import Steering
 
 SECRET = "https://hooks.example.org/T0/B0/s3cr3t"
@@ -84,6 +86,39 @@ def test_mismatch_that_was_not_measured_neither_counts_nor_ends_the_count() -> N
     one = Steering((), PpoClip(), mismatch_alarm=MismatchAlarm(patience=2))
     told = [bool((one.observe(math.nan, kl), one.alerts)[1]) for kl in (0.02, math.nan, 0.02, math.nan)]
     assert told == [False, False, True, False]
+
+
+def test_infinite_mismatch_is_above_the_limit() -> None:
+    one = Steering((), PpoClip(), mismatch_alarm=MismatchAlarm(patience=2))
+    told = [bool((one.observe(1.0, kl), one.alerts)[1]) for kl in (0.02, math.inf, 0.0)]
+    assert told == [False, True, False]
+
+
+def test_infinite_rewards_are_told_ever_more_rarely_also_after_a_checkpoint() -> None:
+    one, again = Steering((), PpoClip()), Steering((), PpoClip())
+    spoken = [n for n in range(1, 20) if (one.observe(1.0, infinite=n), one.alerts)[1]]
+    assert spoken == [1, 2, 4, 8, 16]
+    again.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    again.observe(1.0)
+    assert not again.alerts
+    told = [(again.observe(1.0, infinite=3), again.alerts)[1] for _ in range(13)]
+    (alert,) = told.pop()
+    assert not any(told) and alert.kind == "reward" and "3 rewards of a step are infinite" in alert.message
+    assert alert.message.endswith("in 32 steps so far")
+
+
+def test_infinite_rewards_of_an_evaluation_are_not_told(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = policy_trainer(FixedRollouts, tiny_model_dir, tmp_path, num_generations=4, max_steps=1)
+    honest = one.reward_funcs[0]
+
+    def reward(**columns: Any) -> list[float]:
+        return honest(**columns) if one.model.training else [math.inf] * len(columns["prompts"])
+
+    one.reward_funcs[0] = reward
+    one.evaluate(one.train_dataset.select(range(2)))
+    assert one.alerts == []
+    one.train()
+    assert read_steps(tmp_path)[0].get("alerts") is None
 
 
 def test_mismatch_alarm_can_be_off(tmp_path: Path) -> None:
@@ -170,6 +205,60 @@ def test_webhook_is_in_no_text_and_no_pickle_of_the_configuration(tmp_path: Path
     dumped = pickle.dumps(args)
     assert b"s3cr3t" not in dumped
     assert pickle.loads(dumped).to_dict() == {**args.to_dict(), "alert_webhook": None}
+
+
+def test_webhook_stays_with_copies_of_the_configuration(tmp_path: Path) -> None:
+    args = GRPOConfig(output_dir=str(tmp_path), alert_webhook=SECRET, bf16=False, use_cpu=True, report_to="none")
+    for other in (copy.copy(args), copy.deepcopy(args)):
+        assert other is not args and other.alert_webhook == SECRET and other.to_dict() == args.to_dict()
+        assert pickle.loads(pickle.dumps(other)).alert_webhook is None
+    assert copy.deepcopy(args).model_init_kwargs is not args.model_init_kwargs or args.model_init_kwargs is None
+
+
+def test_webhook_is_taken_from_the_environment_where_it_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": "none"}
+    monkeypatch.setenv("RLVR_ALERT_WEBHOOK", SECRET)
+    assert GRPOConfig(**own).alert_webhook == SECRET and "s3cr3t" not in str(GRPOConfig(**own))
+    assert GRPOConfig(alert_webhook="https://example.org", **own).alert_webhook == "https://example.org"
+    monkeypatch.setenv("RLVR_ALERT_WEBHOOK", "")
+    assert GRPOConfig(**own).alert_webhook is None
+    monkeypatch.setenv("RLVR_ALERT_WEBHOOK", "ftp://s3cr3t")
+    with pytest.raises(ConfigError, match=r"^RLVR_ALERT_WEBHOOK=<hidden> is no http") as raised:
+        GRPOConfig(**own)
+    assert "s3cr3t" not in str(raised.value)
+
+
+@pytest.mark.parametrize("flag", [["--alert_webhook", SECRET], [f"--alert-webhook={SECRET}"]])
+def test_webhook_on_a_command_line_that_wandb_stores_is_refused(flag: list[str], tmp_path: Path) -> None:
+    own = ["--task", "chain_sum", "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "--report_to"]
+    with pytest.raises(ConfigError, match="RLVR_ALERT_WEBHOOK, or alert_webhook in the YAML") as raised:
+        parse_arguments(GRPOConfig, [*own, "tensorboard", "wandb", *flag])
+    assert "\n" not in str(raised.value) and "s3cr3t" not in str(raised.value)
+    assert parse_arguments(GRPOConfig, [*own, "none", *flag])[1].alert_webhook == SECRET
+    (tmp_path / "recipe.yaml").write_text(f"alert_webhook: {SECRET}\n")
+    in_yaml = ["--config", str(tmp_path / "recipe.yaml"), *own, "wandb"]
+    assert parse_arguments(GRPOConfig, in_yaml)[1].alert_webhook == SECRET
+
+
+def test_webhook_is_in_no_help_and_no_error_of_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"alert_webhook: {SECRET}\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(GRPOConfig, ["--config", str(path), "--help"])
+    shown = capsys.readouterr().out
+    assert "RLVR_ALERT_WEBHOOK" in shown and "s3cr3t" not in shown
+    for content, told in (
+        (f'seed: 1\nalert_webhook: "{SECRET}\n', "line 3, column 1 is no YAML"),
+        (f"alert_webhook: {SECRET}\n  a: b\n", "line 2, column 4 is no YAML"),
+        (f"alert_webhook: {SECRET}\x01\n", "it is no text in UTF-8"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigError) as raised:
+            parse_arguments(GRPOConfig, ["--config", str(path)])
+        assert str(raised.value) == f"config={str(path)!r} cannot be read: {told}"
+        assert raised.value.__suppress_context__
 
 
 def test_webhook_is_not_recorded_by_new_or_resumed_runs(tmp_path: Path) -> None:

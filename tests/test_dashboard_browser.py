@@ -1,14 +1,11 @@
 """The page in a real browser: it draws, follows, explains itself, and a completion is never more than text."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import Browser, needs_browser
 from dashboard_cases import HOSTILE, heldout, step_details, step_metrics, token_columns, write_run
-from dashboard_server import Server
+from dashboard_server import served
 
 from rlvr.monitor import Recorder, write_report
 
@@ -17,16 +14,6 @@ pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarn
 VIEWS = ("overview", "law", "dynamics", "controls", "tokens", "positions", "prompts", "engine", "router", "run")
 RECORDED = Path(__file__).parent / "data" / "recorded"  # runs of real trainings, see its README
 ATTACK = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><b>bold</b>{{7*7}}"
-
-
-@contextmanager
-def served(runs_dir: Path) -> Iterator[str]:
-    """The address of `rlvr dashboard` on the runs."""
-    server = Server(runs_dir)
-    try:
-        yield f"http://127.0.0.1:{server.port}/"
-    finally:
-        assert server.end()[0] == 0
 
 
 def check_drawn(page: Browser, view: str) -> list[str]:
@@ -153,72 +140,6 @@ def test_a_hostile_run_is_text(browser: Browser, tmp_path: Path) -> None:
     assert HOSTILE  # the runs of every other test carry it in prompts, completions and settings
 
 
-def test_several_runs_lie_one_over_the_other(browser: Browser, runs: Path) -> None:
-    with served(runs) as address:
-        browser.open(f"{address}#run=everything&run=others/plain")
-        browser.drawn()
-        names = browser.run("return [...new Set([...drawn][0].chart.getOption().series.map((one) => one.name))]")
-        assert {"everything", "plain"} <= set(names)
-        browser.run("choose(['others/plain'])")
-        browser.until("return [...drawn].length && context.runs.length === 1")
-        browser.drawn()
-        names = browser.run("return [...new Set([...drawn][0].chart.getOption().series.map((one) => one.name))]")
-        assert "everything" not in names
-        assert browser.run("return new URLSearchParams(location.hash.slice(1)).getAll('run')") == ["others/plain"]
-
-
-def test_axes_smoothing_and_logarithm_change_the_lines(browser: Browser, runs: Path) -> None:
-    first = "return [...drawn][0].chart.getOption().series[0].data"
-    with served(runs) as address:
-        browser.open(f"{address}#run=everything")
-        raw = browser.drawn() and browser.run(first)
-        browser.run("return change({smooth: 25})")
-        browser.until("return [...drawn][0].chart.getOption().series.length > arguments[0]", 3)
-        smooth = browser.drawn() and browser.run(first)
-        browser.run("change({axis: 'tokens', smooth: 1})")
-        browser.until("return [...drawn][0].chart.getOption().xAxis.at(-1).name === 'tokens trained on'")
-        tokens = browser.drawn() and browser.run(first)
-        browser.run("change({axis: 'step', log: true})")
-        browser.until("return [...drawn][0].chart.getOption().yAxis[0].type === 'log'")
-    assert [x for x, _ in raw] == list(range(1, 121)) and tokens[-1][0] > 1e5
-    spread = [max(y) - min(y) for y in ([v for _, v in part[60:]] for part in (raw, smooth))]
-    assert spread[1] < spread[0]
-    middle = [value for _, value in raw[60 - 12 : 60 + 13]]
-    assert smooth[60][1] == pytest.approx(sum(middle) / 25, rel=1e-9)
-
-
-def test_the_keyboard_reaches_everything(browser: Browser, runs: Path) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.keys import Keys
-
-    with served(runs) as address:
-        browser.open(f"{address}#run=everything")
-        view = "return document.querySelector('[role=tab][aria-selected=true]').textContent"
-        ActionChains(browser.driver).send_keys("5").perform()
-        browser.until(f"{view} === 'Tokens'")
-        assert browser.run("return document.activeElement.id") == "tab-tokens"
-        ActionChains(browser.driver).send_keys(Keys.ARROW_RIGHT).perform()
-        browser.until(f"{view} === 'Positions'")
-        ActionChains(browser.driver).send_keys("1").perform()
-        browser.until(f"{view} === 'Overview' && [...drawn].length > 3")
-        reached = set()
-        for _ in range(60):
-            ActionChains(browser.driver).send_keys(Keys.TAB).perform()
-            reached.add(browser.run(_WHERE))
-        assert {"INPUT checkbox", "SELECT", "SUMMARY What this shows", "BUTTON"} <= reached
-        browser.view("tokens")
-        browser.run("document.querySelector('#view .text[tabindex]').focus()")
-        ActionChains(browser.driver).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
-        assert "token 1" in browser.run("return document.querySelector('#view [aria-live]').textContent")
-
-
-_WHERE = """
-const one = document.activeElement;
-return [one.tagName, one.type === 'checkbox' ? 'checkbox' : one.getAttribute('aria-label') || ''].join(' ').trim()
-  .replace(/^BUTTON.*/, 'BUTTON');
-"""
-
-
 def test_every_metric_that_is_shown_explains_itself(browser: Browser, runs: Path) -> None:
     with served(runs) as address:
         browser.open(f"{address}#run=everything")
@@ -241,17 +162,3 @@ def test_a_damaged_run_is_named_and_the_others_are_drawn(browser: Browser, tmp_p
         browser.open(address)
         browser.until("return document.getElementById('problems').textContent.includes('line 8 is damaged')")
         check_drawn(browser, "overview")
-
-
-def test_a_zoom_asks_for_the_steps_in_it(browser: Browser, tmp_path: Path) -> None:
-    write_run(tmp_path / "long", 1500, features=())
-    with served(tmp_path) as address:
-        browser.open(f"{address}#run=long")
-        browser.drawn()
-        assert browser.run("return [...drawn][0].chart.getOption().series[0].data.length") < 700
-        browser.run("context.zoom([200, 300])")
-        browser.until("return [...drawn][0].chart.getOption().series[0].data.length === 101")
-        x: Any = browser.run("return [...drawn][0].chart.getOption().series[0].data.map((point) => point[0])")
-        assert x == list(range(200, 301))
-        browser.run("context.zoom(null)")
-        browser.until("return [...drawn][0].chart.getOption().series[0].data[0][0] < 10")

@@ -98,6 +98,7 @@ def test_routers_are_those_of_the_last_layout(tmp_path: Path) -> None:
     details = table_of([*records, record(5) | {"routers": {"layers": ["c"]}}], batch=3).details
     assert details.layers == [("a", 2), ("b", 3)] and details.by_position == {"position_edges": [0.0, 1.0]}
     assert details.routers is not None and details.routers.step.tolist() == [2, 3, 4]
+    assert details.last_load.tolist() == [0.25, 0.75, 1, 0.5, 0.5]
     sums, counts = details.routers.sums[:, 0], details.routers.sums[:, 1]
     assert sums[:, 0].tolist() == [0.5, 0, 1] and counts[:, 0].tolist() == [1, 0, 1]
     assert sums[:, 4:].tolist() == [[0.25, 0.75, 0.5, 0.5, 0.5], [0.25, 0.75, 0, 0.5, 0.5], [0.25, 0.75, 1, 0.5, 0.5]]

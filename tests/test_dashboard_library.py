@@ -158,6 +158,15 @@ def test_find_runs_looks_four_folders_deep_and_into_no_run(tmp_path: Path) -> No
     assert [id for id, _ in find_runs(tmp_path)] == ["a", "only-steps", "x/b", "x/y/c", "x/y/z/d"]
 
 
+def test_a_run_whose_folder_name_is_not_utf8_is_a_problem(tmp_path: Path) -> None:
+    write_run(tmp_path / "good", 2, features={})
+    os.rename(write_run(tmp_path / "odd", 2, features={}), os.fsencode(tmp_path) + b"/odd-\xff")
+    found = json.loads(answer(Library(tmp_path), "runs", {}))
+    assert [row["id"] for row in found["runs"]] == ["good"]
+    said = "the folder name 'odd-?' is not UTF-8, so no address can name it; rename it"
+    assert found["problems"] == [{"id": "odd-?", "error": said}]
+
+
 def test_find_runs_is_not_caught_in_links(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "run.json").write_text("{}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,14 @@ import pytest
 from dashboard_cases import BAND, HOSTILE, write_run
 
 from rlvr.controls import CONTROLS
-from rlvr.law import fit_law
 from rlvr.monitor import METRICS, Recorder, read_steps
 from rlvr.monitor.groups import Groups
 from rlvr.monitor.histograms import HISTOGRAMS
-from rlvr.monitor.payloads.curves import law_payload, series_payload
+from rlvr.monitor.payloads.curves import series_payload
 from rlvr.monitor.payloads.details import histograms_payload, positions_payload, router_payload
 from rlvr.monitor.payloads.numbers import to_json
 from rlvr.monitor.payloads.runs import metrics_payload, run_payload, run_row, runs_payload
 from rlvr.monitor.payloads.view import View, control_names, usual_step_seconds
-from rlvr.monitor.records import rollout_points, series
 from rlvr.monitor.watched import Watched
 
 
@@ -131,108 +128,51 @@ def test_run_has_what_was_recorded(run_dir: Path, view: View) -> None:
     assert found["alarm"] == {"low": 0.01, "high": None} and found["finished"] and found["error"] is None
     assert [entry["step"] for entry in found["evals"]] == [0, 15, 30, 45, 60]
     assert [(a["step"], a["kind"]) for a in found["alerts"][:2]] == [(20, "collapse"), (20, "thermostat")]
-    assert found["not_finite"] == {} and all(found["has"].values())
+    assert found["not_finite"] == {} and found["settings"] == found["config"]
 
 
 def test_run_without_instruments_has_none_of_them(tmp_path: Path) -> None:
     metrics = {"policy/loss": math.nan, "clip/low": 0.0, "entropy/mean": 1.0}
     found = plain(run_payload(recorded(tmp_path, [metrics, metrics], entropy_alarm='{"low": 0.2, "high": 3.0}')))
-    assert not any(found["has"].values())
     assert found["not_finite"] == {"policy/loss": 2} and found["band"] is None
     assert found["alarm"] == {"low": 0.2, "high": 3.0}
 
 
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("clip/low", "controls"),
-        ("kl_cov/selected", "controls"),
-        ("entropy_bonus/coef", "controls"),
-        ("thermostat/value", "controls"),
-        ("mismatch/kl", "engine"),
-        ("router/entropy", "router"),
-        ("dynamics/measured", "dynamics"),
-    ],
-)
-def test_run_has_the_part_that_shows_a_metric(name: str, part: str, tmp_path: Path) -> None:
-    found = plain(run_payload(recorded(tmp_path, [{name: 0.5}])))["has"]
-    assert [known for known, has in found.items() if has] == [part]
+def test_run_has_its_first_settings_and_those_it_goes_on_with(tmp_path: Path) -> None:
+    recorded(tmp_path, [{}], learning_rate=1.0, seed=3)
+    Recorder.resume(tmp_path, 1, {"learning_rate": 2.0, "seed": 3})
+    found = plain(run_payload(look(tmp_path)))
+    assert found["config"] == {"learning_rate": 1, "seed": 3} and found["settings"] == {"learning_rate": 2, "seed": 3}
 
 
-# -------------------------------------------------------------------------------------------------------------- series
+@pytest.mark.parametrize("name", ["started", "config", "resumed", "versions", "status"])
+def test_run_with_a_null_in_its_settings_can_be_read(name: str, tmp_path: Path) -> None:
+    recorded(tmp_path, [{"entropy/mean": 1.0}])
+    run = json.loads((tmp_path / "run.json").read_text()) | {name: None}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    view = look(tmp_path)
+    assert plain(run_row(view))["steps"] == 1 and plain(run_payload(view))["id"] == "lab/one"
+    assert plain(series_payload(view))["step"] == [1]
 
 
-def test_series_of_a_short_run_is_the_run_itself(run_dir: Path, view: View) -> None:
-    found = plain(series_payload(view, ["entropy/mean", "reward/mean", "not/recorded"], 600))
-    records = read_steps(run_dir)
-    assert found["per_point"] == 1 and found["series"].keys() == {"entropy/mean", "reward/mean"}
-    assert found["step"] == [r["step"] for r in records] and found["tokens"] == [r["tokens"] for r in records]
-    for name, parts in found["series"].items():
-        assert parts.keys() == {"mean"} and parts["mean"] == pytest.approx(series(records, name)[1], rel=1e-5)
-    assert found["seconds"] == pytest.approx([r["time"] - view.started for r in records], abs=1e-3)
-    everything = plain(series_payload(view))
-    assert everything["series"].keys() == view.table.names.keys()
+def test_run_with_a_null_in_a_resumption_can_be_read(tmp_path: Path) -> None:
+    recorded(tmp_path, [{"entropy/mean": 1.0}])
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["resumed"] = [None, {"time": None, "changed_config": None}]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    view = look(tmp_path)
+    assert plain(run_row(view))["status"] == "running" and plain(run_payload(view))["resumed"] == [{}]
 
 
-def test_series_in_buckets_by_hand(tmp_path: Path) -> None:
-    """5 records in 2 points: buckets of 3; a metric that is not always there counts where it is."""
-    steps = [{"entropy/mean": float(n)} | ({"time/rollout": 2.0 * n} if n % 2 else {}) for n in range(1, 6)]
-    steps[4]["entropy/mean"] = math.inf
-    found = plain(series_payload(recorded(tmp_path, steps), points=2))
-    assert found["per_point"] == 3 and found["step"] == [3, 5]
-    assert found["series"]["entropy/mean"] == {"mean": [2, 4], "min": [1, 4], "max": [3, 4]}
-    assert found["series"]["time/rollout"] == {"mean": [4, 10], "min": [2, 10], "max": [6, 10]}
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "steps"),
-    [
-        (10, 20, list(range(10, 21))),
-        (58.5, math.inf, [59, 60]),
-        (-math.inf, 2, [1, 2]),
-        (70, 80, []),
-        (20, 10, []),
-        (-1e30, 1e30, list(range(1, 61))),
-    ],
-)
-def test_series_between_two_steps(first: float, last: float, steps: list[int], view: View) -> None:
-    found = plain(series_payload(view, ["entropy/mean"], 600, first, last))
-    assert found["step"] == steps and len(found["series"]["entropy/mean"]["mean"]) == len(steps)
-
-
-# ----------------------------------------------------------------------------------------------------------------- law
-
-
-def test_law_is_that_of_the_rollouts(run_dir: Path, view: View) -> None:
-    found = plain(law_payload(view))
-    points = rollout_points(read_steps(run_dir))
-    fit = fit_law(*zip(*points, strict=True))
-    assert fit.verdict == "holds" and "predicted ceiling" in found["verdict_text"] and "exp(H)" in found["formula"]
-    assert found["fit"] == asdict(fit)
-    assert [point[1:] for point in found["points"]] == [pytest.approx(point, rel=1e-5) for point in points]
-    assert [point[0] for point in found["points"]] == list(range(1, 60, 2))
-    x, low, middle, high = zip(*found["band"], strict=True)
-    assert len(x) == 60 and x[0] == 1 and x[-1] == pytest.approx(math.exp(max(h for h, _ in points)), rel=1e-5)
-    assert (low[0], middle[0], high[0]) == pytest.approx((fit.ceiling_low, fit.ceiling, fit.ceiling_high), rel=1e-5)
-    assert middle[-1] == pytest.approx(fit.b - fit.a * x[-1], rel=1e-4)
-
-
-@pytest.mark.parametrize("number", [0, 1, 2, 11])
-def test_law_of_few_rollouts_says_so(number: int, tmp_path: Path) -> None:
-    steps = [{"entropy/mean": 1 - 0.05 * n, "reward/mean": 0.1 * n, "time/rollout": 1.0} for n in range(number)]
-    found = plain(law_payload(recorded(tmp_path, steps)))
-    assert found["fit"]["verdict"] == "not yet" and found["verdict_text"].startswith("not yet: ")
-    assert len(found["points"]) == number and len(found["band"]) == (60 if number > 2 else 0)
-    assert (found["fit"]["ceiling_low"] is None) == (number <= 2)
-
-
-def test_law_shows_at_most_two_thousand_points(tmp_path: Path) -> None:
-    values = [{"entropy/mean": 1 - n / 5000, "reward/mean": n / 5000, "time/rollout": 1.0} for n in range(2500)]
-    lines = [{"step": n + 1, "time": 1.0, "tokens": 1, "metrics": m} for n, m in enumerate(values)]
-    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = plain(law_payload(look(tmp_path)))
-    assert len(found["points"]) == 2000 and found["points"][0][0] == 1 and found["points"][-1][0] == 2500
-    assert found["fit"]["num_points"] == 2500
+def test_record_that_does_not_tell_its_tokens_has_those_of_the_one_before(tmp_path: Path) -> None:
+    """Also at the start of what is read later."""
+    watched = Watched("a", "a", tmp_path)
+    for counts in ([None, 5], ["NaN", None, 9, None]):
+        with open(tmp_path / "steps.jsonl", "a") as file:
+            for tokens in counts:
+                file.write(json.dumps({"step": 1, "time": 1.0, "tokens": tokens, "metrics": {}}) + "\n")
+        view = watched.look()
+    assert plain(series_payload(view))["tokens"] == [0, 5, 5, 5, 9, 9] and run_row(view)["tokens"] == 9
 
 
 # ------------------------------------------------------------------------------------------------------------- details
@@ -250,6 +190,7 @@ def test_details_are_in_the_layout_of_the_page(run_dir: Path, view: View) -> Non
     found = plain(router_payload(view))
     assert found["layers"] == ["a", "b", "c"] and [len(load) for load in found["load"][0]] == [4, 6, 6]
     last = records[-1]["routers"]
+    assert found["load_last"] == [pytest.approx(load, rel=1e-5) for load in last["load"]]
     assert found["load"][-1] == [pytest.approx(load, rel=1e-5) for load in last["load"]]
     assert found["entropy"][-1] == last["entropy"] and found["soft"][-1] == last["soft"]
     assert found["position"] == {name: value for name, value in last.items() if name.startswith("position_")}
@@ -259,4 +200,5 @@ def test_details_that_were_not_recorded_are_empty(tmp_path: Path) -> None:
     view = recorded(tmp_path, [{"entropy/mean": 1.0}])
     assert plain(histograms_payload(view)) == {"step": [], "counts": {}}
     assert plain(positions_payload(view)) == {"step": [], "edges": [], "entropy": [], "mismatch": []}
+    assert plain(router_payload(view))["load_last"] == []
     assert plain(router_payload(view))["layers"] == [] and plain(router_payload(view))["position"] is None

@@ -89,7 +89,7 @@ def test_api_answers_everything_a_page_asks(server: Server) -> None:
             got = server.api(name, **parameters)
             assert got.status == (404 if (run, name) == ("two", "forks") else 200), got.body
             assert got.headers["Content-Type"] == "application/json" and isinstance(got.json, dict)
-    assert server.api("tokens", run="lab/one").json == {"steps": [1, 11, 19]}
+    assert server.api("tokens", run="lab/one").json == {"steps": [1, 11, 19], "recorded_steps": 3}
     assert server.api("tokens", run="lab/one", step=11).json["step"] == 11
     series = server.api("series", run="two", names="entropy/mean,reward/mean", points=4, **{"from": 1, "to": 6}).json
     assert series["step"] == [2, 4, 6] and series["series"].keys() == {"entropy/mean", "reward/mean"}
@@ -110,7 +110,10 @@ def test_api_answers_everything_a_page_asks(server: Server) -> None:
         ("tokens", {"run": "lab/one", "step": "../1"}, 400, "step='../1': must be a number"),
         ("forks", {"run": "lab/one"}, 400, "step=None: must be a number"),
         ("series", {"run": "two", "points": "0"}, 400, "points='0': must be a number from 1 to 20000"),
-        ("series", {"run": "two", "from": "nan"}, 400, "from='nan'"),
+        ("series", {"run": "two", "from": "nan"}, 400, "from='nan': must be a number, and finite"),
+        ("series", {"run": "two", "from": "inf"}, 400, "from='inf': must be a number, and finite"),
+        ("series", {"run": "two", "to": "-inf"}, 400, "to='-inf': must be a number, and finite"),
+        ("series", {"run": "two", "to": "1e999"}, 400, "to='1e999': must be a number, and finite"),
     ],
 )
 def test_api_refuses_what_is_not_there(

@@ -1,12 +1,13 @@
 """Whether a run lives, by what it left in its directory and when."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlvr.monitor.status import HEARTBEAT, run_status
+from rlvr.monitor.status import HEARTBEAT, Status, run_status
 
 NOW = 1_000_000.0
 RUNNING = {"status": "running", "started": NOW - 50_000}
@@ -80,3 +81,60 @@ def test_status_says_for_how_long(tmp_path):
     stalled = run_status(tmp_path, RUNNING, NOW - 400, 12.0, NOW)
     said = "its process lives, but nothing was recorded for 7 minutes; a step usually takes 12 seconds"
     assert (stalled.state, stalled.detail) == ("stalled", said)
+
+
+def beating(run_dir: Path, age: float, told: Any) -> None:
+    """A heartbeat of this age, which tells this."""
+    path = run_dir / HEARTBEAT
+    path.write_bytes(told if isinstance(told, bytes) else json.dumps(told).encode())
+    os.utime(path, (NOW - age, NOW - age))
+
+
+def test_status_tells_what_a_dead_or_stalled_run_was_at(tmp_path):
+    stall = "no optimizer step was completed for 610 s after step 7; the run is at: verify"
+    told = {"step": 7, "doing": "verify", "since": NOW - 1000, "stall": None}
+    beating(tmp_path, 100.0, told)
+    dead = run_status(tmp_path, RUNNING, NOW - 1000, 10.0, NOW)
+    assert dead.state == "dead" and dead.detail.endswith("; it was at: verify")
+    beating(tmp_path, 100.0, told | {"stall": stall})
+    dead = run_status(tmp_path, RUNNING, NOW - 1000, 10.0, NOW)
+    assert dead.state == "dead" and dead.detail.endswith(f"; it was at: verify; it had said: {stall}")
+    beating(tmp_path, 5.0, told)
+    stalled = run_status(tmp_path, RUNNING, NOW - 1000, 10.0, NOW)
+    assert stalled.state == "stalled" and stalled.detail.endswith("; it is at: verify")
+    beating(tmp_path, 5.0, told | {"stall": stall})
+    for last in (NOW - 100, None):  # the run knows better
+        stalled = run_status(tmp_path, RUNNING, last, 10.0, NOW)
+        assert stalled.state == "stalled" and stall in stalled.detail
+
+
+@pytest.mark.parametrize("phase", ["evaluation", "checkpoint"])
+def test_status_judges_a_phase_from_its_own_start(phase, tmp_path):
+    for lasted, expected in ((299.0, "running"), (301.0, "stalled")):
+        beating(tmp_path, 5.0, {"step": 7, "doing": phase, "since": NOW - lasted, "stall": None})
+        assert run_status(tmp_path, RUNNING, NOW - 900, 10.0, NOW).state == expected
+    assert run_status(tmp_path, RUNNING, NOW - 900, 31.0, NOW).state == "running"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"",
+        b"{",
+        b"\xff\x00",
+        b"[" * 60_000,
+        [1],
+        7,
+        {},
+        {"doing": 3, "since": "x", "stall": ["y"]},
+        {"since": float("nan"), "doing": None},
+        {"since": True},
+        {"since": 10**400},
+    ],
+)
+def test_status_goes_by_time_alone_where_a_heartbeat_cannot_be_read(told, tmp_path):
+    beating(tmp_path, 5.0, told)
+    assert run_status(tmp_path, RUNNING, NOW - 20, 10.0, NOW) == Status("running")
+    assert run_status(tmp_path, RUNNING, NOW - 400, 10.0, NOW).state == "stalled"
+    beating(tmp_path, 100.0, told)
+    assert run_status(tmp_path, RUNNING, NOW - 400, 10.0, NOW).state == "dead"

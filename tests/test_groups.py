@@ -52,6 +52,19 @@ def test_groups_are_read_back_and_each_prompt_once(tmp_path: Path) -> None:
         Groups(["a"], [1], [1, 2], [0.5])
 
 
+def test_groups_without_texts_keep_their_ids(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.record_groups(1, groups("a", "b"), texts=False)
+    assert read_prompts(tmp_path) == [] and not (tmp_path / "prompts.jsonl").exists()
+    assert read_groups(tmp_path)[0]["prompts"] == [prompt_id("a"), prompt_id("b")]
+
+
+def test_run_without_samples_writes_no_text_of_a_prompt(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer(tiny_model_dir, tmp_path, max_steps=1, record_sequences=0).train()
+    assert read_groups(tmp_path)[0]["prompts"] and not (tmp_path / "prompts.jsonl").exists()
+    assert not (tmp_path / "tokens").exists()
+
+
 def test_resume_drops_later_groups_and_meets_their_prompts_again(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     for step, texts in ((1, "ab"), (2, "bc"), (3, "cd")):

@@ -1,5 +1,7 @@
 """A run that lives says so, and one that does not get on is told of; no thread outlives a run."""
 
+import json
+import math
 import os
 import re
 import threading
@@ -9,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import resume_run
-from ppo_cases import policy_trainer
-from test_grpo_trainer import FixedRollouts
 
 from rlvr.alarm import Alert
-from rlvr.errors import ConfigError
 from rlvr.monitor.heartbeat import Heartbeat
 from rlvr.monitor.lookout import Lookout
-from rlvr.monitor.records import alerts_of, read_run, read_steps
+from rlvr.trainers.clock import PhaseClock
 
 FILE = "heartbeat"
+THREADS = ["rlvr-heartbeat", "rlvr-stalls"]
+
+
+def verify() -> tuple[str, float]:
+    """What a run is at since ever."""
+    return "verify", -math.inf
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> None:
@@ -36,7 +40,8 @@ def our_threads() -> list[str]:
 def test_heartbeat_renews_its_file_and_removes_it(tmp_path: Path) -> None:
     one = Heartbeat(tmp_path, every=0.02)
     try:
-        assert (tmp_path / FILE).read_bytes() == b""  # before the first wait
+        first = json.loads((tmp_path / FILE).read_text())  # before the first wait
+        assert first == {"step": 0, "doing": "", "since": pytest.approx(time.time(), abs=5), "stall": None}
         os.utime(tmp_path / FILE, (0, 0))
         wait_for(lambda: abs(time.time() - (tmp_path / FILE).stat().st_mtime) < 2)
     finally:
@@ -58,7 +63,7 @@ def test_heartbeat_outlives_a_disk_that_refuses_it(tmp_path: Path) -> None:
 
 def test_stall_is_told_once_and_given_to_the_next_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told: list[tuple[int, Alert]] = []
-    one = Heartbeat(tmp_path, step=7, stall_after=0.2, doing=lambda: "verify", tell=lambda *a: told.append(a))
+    one = Heartbeat(tmp_path, step=7, stall_after=0.2, doing=verify, tell=lambda *a: told.append(a))
     try:
         wait_for(lambda: told)
         time.sleep(0.3)
@@ -92,6 +97,95 @@ def test_stall_takes_ten_usual_steps(tmp_path: Path) -> None:
         one.close()
 
 
+def test_first_step_of_a_process_has_three_times_as_long(tmp_path: Path) -> None:
+    told: list[Any] = []
+    began = time.monotonic()
+    one = Heartbeat(tmp_path, step=4, stall_after=0.3, tell=lambda *a: told.append(time.monotonic()))
+    try:
+        wait_for(lambda: told)
+        assert told[0] - began > 0.9
+    finally:
+        one.close()
+
+
+def test_usual_time_of_a_step_is_known_of_the_steps_before(tmp_path: Path) -> None:
+    told: list[Any] = []
+    settings = {"stall_after": 0.02, "tell": lambda *a: told.append(a)}
+    one = Heartbeat(tmp_path, seconds=[0.1, 0.1, math.nan, 0.1], **settings)
+    try:
+        time.sleep(0.5)
+        assert not told
+        wait_for(lambda: told)
+    finally:
+        one.close()
+
+
+def test_phase_is_judged_from_its_own_start(tmp_path: Path) -> None:
+    told: list[Any] = []
+    at = ["evaluation", time.perf_counter()]
+    one = Heartbeat(tmp_path, stall_after=0.2, doing=lambda: (at[0], at[1]), tell=lambda *a: told.append(a[1].message))
+    try:
+        one.step_done(1)
+        for n in range(10):  # for a second in all
+            at[:] = f"phase {n}", time.perf_counter()
+            time.sleep(0.1)
+        assert not told
+        wait_for(lambda: told)
+        assert re.fullmatch(
+            r"no optimizer step was completed for [1-9] s after step 1; the run is at: phase 9", told[0]
+        )
+    finally:
+        one.close()
+
+
+def test_file_tells_what_the_run_is_at_and_a_stall_as_long_as_it_lasts(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    one = Heartbeat(tmp_path, step=3, stall_after=0.1, doing=lambda: ("verify", began), every=0.02)
+    try:
+        wait_for(lambda: told_by(tmp_path)["stall"])
+        told = told_by(tmp_path)
+        assert told["step"] == 3 and told["doing"] == "verify" and abs(time.time() - told["since"]) < 5
+        assert told["stall"].endswith("after step 3; the run is at: verify")
+        one.step_done(4)
+        wait_for(lambda: told_by(tmp_path)["step"] == 4)
+        assert told_by(tmp_path)["since"] > told["since"] and list(tmp_path.iterdir())
+    finally:
+        one.close()
+    assert not list(tmp_path.iterdir())
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    """Always whole."""
+    return json.loads((folder / FILE).read_text())
+
+
+def test_stall_is_told_although_the_disk_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    one = Heartbeat(tmp_path, stall_after=0.3, every=0.02, tell=lambda *a: told.append(a))
+    held, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(os, "utime", lambda *a: (held.set(), go.wait(30)))
+    try:
+        wait_for(held.is_set)
+        wait_for(lambda: told)
+    finally:
+        go.set()
+        one.close()
+    assert not our_threads()
+
+
+def test_clock_says_since_when_a_phase_lasts() -> None:
+    clock = PhaseClock()
+    with clock.phase("evaluation"):
+        name, began = clock.doing
+        with clock.phase("rollout"):
+            assert clock.doing == (name, began) == ("evaluation", began)
+    with clock.phase("old_logps"):
+        _, first = clock.doing
+        with clock.phase("rollout"):
+            assert clock.doing[0] == "rollout" and clock.doing[1] > first > began
+        assert clock.doing[0] == "old_logps" and clock.doing[1] > first
+
+
 def test_stall_is_never_told_without_a_limit(tmp_path: Path) -> None:
     one = Heartbeat(tmp_path, stall_after=float("inf"), every=0.01)
     time.sleep(0.1)
@@ -100,7 +194,7 @@ def test_stall_is_never_told_without_a_limit(tmp_path: Path) -> None:
 
 
 def test_heartbeat_goes_on_when_what_it_calls_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one = Heartbeat(tmp_path, stall_after=0.02, every=0.02, doing=lambda: str(1 // 0))
+    one = Heartbeat(tmp_path, stall_after=0.02, every=0.02, doing=lambda: ("", 1 / 0))
     try:
         wait_for(lambda: "the watch for stalls failed" in caplog.text)
         os.utime(tmp_path / FILE, (0, 0))
@@ -117,94 +211,7 @@ def test_lookout_may_be_stopped_twice_and_started_again(tmp_path: Path) -> None:
     for _ in range(2):
         one.start(1)
         one.start(1)
-        assert our_threads() == ["rlvr-heartbeat"]
+        assert our_threads() == THREADS
         one.stop(1)
         one.stop(1)
         assert not our_threads() and not (tmp_path / FILE).exists()
-
-
-# real runs
-
-
-def run(model_dir: Path, out: Path, **settings: Any) -> Any:
-    return policy_trainer(FixedRollouts, model_dir, out, num_generations=4, **settings)
-
-
-def test_stall_of_a_real_run_is_in_the_record_of_the_step_that_was_slow(
-    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    one = run(tiny_model_dir, tmp_path, stall_alarm=3.0, max_steps=2)
-    honest, beats = one.reward_funcs[0], []
-
-    def slow(**columns: Any) -> list[float]:
-        if not beats:
-            wait_for(lambda: "the run is at: verify" in caplog.text, 20.0)
-        beats.append((tmp_path / FILE).exists())
-        return honest(**columns)
-
-    one.reward_funcs[0] = slow
-    one.train()
-    first, *_ = read_steps(tmp_path)
-    (alert,) = [alert for alert in alerts_of(first) if alert.kind == "stall"]
-    assert alert.message.endswith(" s since the run began; the run is at: verify")
-    assert beats == [True, True]
-    assert not (tmp_path / FILE).exists() and not our_threads()
-
-
-def test_long_evaluation_is_told_as_one(
-    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = {"eval_on_start": True, "eval_strategy": "steps", "num_generations_eval": 2, "save_strategy": "no"}
-    settings |= {"per_device_eval_batch_size": 2, "stall_alarm": 3.0, "max_steps": 1}
-    one = resume_run.trainer("grpo", str(tiny_model_dir), str(tmp_path), **settings)
-    honest = one.reward_funcs[0]
-
-    def slow(**columns: Any) -> list[float]:
-        if not one.model.training:
-            wait_for(lambda: "the run is at: evaluation" in caplog.text, 20.0)
-        return honest(**columns)
-
-    one.reward_funcs[0] = slow
-    one.train()
-    assert [alert.kind for record in read_steps(tmp_path) for alert in alerts_of(record)] == ["stall"]
-
-
-@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
-def test_no_thread_is_left_by_a_run_that_was_stopped(
-    error: BaseException, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    one = run(tiny_model_dir, tmp_path)
-    assert not our_threads()
-    compute = one._compute_loss
-
-    def stopped(*arguments: Any) -> Any:
-        assert our_threads() == ["rlvr-heartbeat"]
-        if one.state.global_step == 1:
-            raise error
-        return compute(*arguments)
-
-    one._compute_loss = stopped
-    with pytest.raises(type(error)):
-        one.train()
-    assert not our_threads() and not (tmp_path / FILE).exists()
-    assert read_run(tmp_path)["status"] in ("failed", "interrupted")
-
-
-def test_no_thread_is_begun_by_a_run_that_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    run(tiny_model_dir, tmp_path, max_steps=1).train()
-    with pytest.raises(ConfigError, match="already holds a run"):
-        run(tiny_model_dir, tmp_path, max_steps=1).train()
-    with pytest.raises(ConfigError, match="no column 'prompt'"):
-        rows = run(tiny_model_dir, tmp_path / "other").train_dataset.rename_column("prompt", "question")
-        type(run(tiny_model_dir, tmp_path / "other"))("no/model", [], run(tiny_model_dir, tmp_path).args, rows)
-    assert not our_threads()
-
-
-def test_saving_is_told_as_a_checkpoint(tiny_model_dir: Path, tmp_path: Path) -> None:
-    one = run(tiny_model_dir, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    save, seen = one.save_model, []
-    one.save_model = lambda *a, **k: (seen.append(one.run_callback._doing()), save(*a, **k))
-    compute = one._compute_loss
-    one._compute_loss = lambda *a: (seen.append(one.run_callback._doing()), compute(*a))[1]
-    one.train()
-    assert seen == ["update", "checkpoint"] and one.run_callback._doing() == ""

@@ -117,9 +117,9 @@ def test_report_answers_what_a_server_would(reported: Path, page: str) -> None:
     data = Parts(page).data
     library = Library(reported)
     assert data.keys() >= {"metrics", "runs"}
-    for name in ("run", "series", "law", "histograms", "positions", "router", "prompts"):
+    for name in ("run", "series", "law", "agreement", "histograms", "positions", "router", "prompts"):
         assert data[f"{name}?run=one"] == json.loads(answer(library, name, {"run": "one"}))
-    assert data["tokens?run=one"] == {"steps": [1, 13, 23]}
+    assert data["tokens?run=one"] == {"steps": [1, 13, 23], "recorded_steps": 3}
     for step in (1, 13, 23):
         assert data[f"forks?run=one&step={step}"] == json.loads(
             answer(library, "forks", {"run": "one", "step": str(step)})
@@ -138,7 +138,8 @@ def test_report_of_a_run_without_steps_is_a_page_too(tmp_path: Path) -> None:
     data = Parts(page.read_text()).data
     assert data["run?run=run"]["metrics"] == [] and data["series?run=run"]["step"] == []
     assert data["law?run=run"]["verdict_text"] == "not yet: there are no points" and data["tokens?run=run"] == {
-        "steps": []
+        "steps": [],
+        "recorded_steps": 0,
     }
 
 
@@ -146,14 +147,17 @@ def test_report_of_a_run_without_steps_is_a_page_too(tmp_path: Path) -> None:
 def test_report_of_few_steps_has_every_part(steps: int, tmp_path: Path) -> None:
     data = Parts(write_report(write_run(tmp_path / "run", steps)).read_text()).data
     assert data["series?run=run"]["per_point"] == 1 and len(data["series?run=run"]["step"]) == steps
-    assert all(data["run?run=run"]["has"].values())
+    assert data["agreement?run=run"]["count"] == steps and data["prompts?run=run"]["total"] > 0
 
 
 def test_report_holds_samples_of_five_steps_from_first_to_last(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     for step in range(1, 21):
         recorder.record_tokens(step, {"reward": [1.0], "tokens": [["a"]], "entropy": [[0.5]]})
-    assert report_data(tmp_path)[f"tokens?run={tmp_path.name}"] == {"steps": [1, 6, 11, 15, 20]}
+    assert report_data(tmp_path)[f"tokens?run={tmp_path.name}"] == {
+        "steps": [1, 6, 11, 15, 20],
+        "recorded_steps": 20,
+    }
 
 
 def test_report_of_long_samples_stays_small(tmp_path: Path) -> None:
@@ -168,7 +172,12 @@ def test_report_of_long_samples_stays_small(tmp_path: Path) -> None:
     assert len(found) == 5 and len(to_json(found)) <= SAMPLE_BYTES
     for payload in found.values():
         rewards = [row["reward"] for row in payload["rows"]]
-        assert rewards[0] == 0 and rewards[-1] == pytest.approx(15 / 16) and rewards == sorted(rewards)
+        assert (
+            payload["recorded"] == 16
+            and rewards[0] == 0
+            and rewards[-1] == pytest.approx(15 / 16)
+            and rewards == sorted(rewards)
+        )
         assert all(row["omitted"] == 3000 - len(row["tokens"]) > 0 for row in payload["rows"])
         assert all(len(row["prompt"]) == 2002 for row in payload["rows"])
 

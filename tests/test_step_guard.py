@@ -123,7 +123,7 @@ def test_infinite_reward_of_a_callable_is_not_scored(kind: str, tiny_model_dir: 
     one.train()
     steps = read_steps(tmp_path)
     assert [record["metrics"]["reward/unscored"] for record in steps] == [0, 1 / 16, 0, 0]
-    told = "1 rewards of a rollout are infinite: such completions count as not scored"
+    told = "1 rewards of a step are infinite: such completions count as not scored"
     assert [record.get("alerts") for record in steps] == [None, [{"kind": "reward", "message": told}], None, None]
     assert not any(record["metrics"]["optim/skipped"] for record in steps)
     assert flat(one.model).isfinite().all()

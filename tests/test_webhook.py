@@ -13,6 +13,7 @@ import pytest
 from ppo_cases import policy_trainer
 from test_grpo_trainer import FixedRollouts
 
+from rlvr.alarm import EntropyAlarm, EntropyAlarmError
 from rlvr.monitor.records import read_run, read_steps
 from rlvr.monitor.webhook import Webhook
 
@@ -70,11 +71,13 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 def test_message_is_what_slack_and_discord_read(receiver: Receiver) -> None:
     one = Webhook(receiver.url, "my-run")
-    one.send(7, "collapse", "entropy has collapsed: Δ")
+    said = "entropy has collapsed: Δ <!channel> & @everyone"
+    one.send(7, "collapse", said)
     one.close()
-    text = "my-run step 7: entropy has collapsed: Δ"
-    names = {"run": "my-run", "step": 7, "kind": "collapse", "message": "entropy has collapsed: Δ"}
-    assert receiver.taken == [{"text": text, "content": text, **names}]
+    names = {"run": "my-run", "step": 7, "kind": "collapse", "message": said}
+    for_slack = "my-run step 7: entropy has collapsed: Δ &lt;!channel&gt; &amp; @everyone"
+    for_discord = {"content": f"my-run step 7: {said}", "allowed_mentions": {"parse": []}}
+    assert receiver.taken == [{"text": for_slack, **for_discord, **names}]
     assert receiver.asked == [f"POST {PATH}"]
     assert receiver.headers["Content-Type"] == "application/json" and "rlvr" in receiver.headers["User-Agent"]
 
@@ -193,6 +196,17 @@ def test_run_that_fails_says_so_last(
     assert [message["kind"] for message in receiver.taken] == ["explosion", "failed"]
     assert read_run(tmp_path)["status"] == "failed" and "s3cr3t" not in caplog.text
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rlvr-")]
+
+
+def test_alarm_that_stops_the_run_is_sent_before_it_does(
+    receiver: Receiver, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = run(tiny_model_dir, tmp_path, receiver.url)
+    one.args.alarm = one.steering.alarm = EntropyAlarm(high=1.0, patience=2, action="stop")
+    with pytest.raises(EntropyAlarmError):
+        one.train()
+    assert [(m["step"], m["kind"]) for m in receiver.taken] == [(2, "explosion"), (1, "failed")]
+    assert receiver.taken[0]["message"] in caplog.messages
 
 
 def test_run_is_the_same_when_nobody_listens(tiny_model_dir: Path, tmp_path: Path) -> None:

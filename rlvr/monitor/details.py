@@ -24,7 +24,7 @@ class Details:
     histograms [bins of all of HISTOGRAMS].   positions [4, bins]: sum and count of the tokens' entropy, of their
     mismatch.   routers [2, n]: sum and count of entropy, soft and load of all layers, one after the other.
     edges: of the bins of positions.   layers: name and number of experts of each router.   by_position: what the last
-    record of routers says by position in the text.
+    record of routers says by position in the text.   last_load: its loads of all layers, one after the other.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class Details:
         self.edges: list[float] = []
         self.layers: list[tuple[str, int]] = []
         self.by_position: Record | None = None
+        self.last_load = np.zeros(0)
 
     def extend(self, records: Sequence[Record]) -> None:
         """Add records of `table.parse_step`; what is malformed in one is left out."""
@@ -80,6 +81,7 @@ class Details:
         values = floats([_router_row(record["routers"]) for record in records])
         known = np.isfinite(values)
         self.routers.add(_steps(records), np.stack([np.where(known, values, 0), known], axis=1))
+        self.last_load = values[-1, 2 * len(layers) :].copy()
         last = records[-1]["routers"]
         self.by_position = {name: value for name, value in last.items() if name.startswith("position_")} or None
 

@@ -10,7 +10,8 @@ from typing import Any
 class Groups:
     """The groups of one rollout, over all ranks, in its order. A run without groups has groups of one completion.
 
-    prompts: texts.   passed: completions that count as correct.   scored: completions that could be scored.
+    prompts: texts; prompts that differ only in their images share a text, and hence an id.
+    passed: completions that count as correct.   scored: completions that could be scored.
     reward: mean of these, NaN without any.
     Raises: ValueError if these differ in length.
     """

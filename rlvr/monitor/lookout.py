@@ -1,10 +1,10 @@
 """What watches a run from beside it, on the process that records it: heartbeat, stalls, messages to a chat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rlvr.alarm import Alert
-from rlvr.monitor.heartbeat import EVERY, Heartbeat
+from rlvr.monitor.heartbeat import EVERY, Doing, Heartbeat, unknown
 from rlvr.monitor.webhook import Webhook
 
 
@@ -20,18 +20,25 @@ class Lookout:
         *,
         stall_after: float = 600.0,
         webhook: str | None = None,
-        doing: Callable[[], str] = lambda: "",
+        doing: Callable[[], Doing] = unknown,
         every: float = EVERY,
     ) -> None:
         self._run_dir, self._stall_after, self._doing, self._every = Path(run_dir), stall_after, doing, every
         self._webhook = None if webhook is None else Webhook(webhook, self._run_dir.resolve().name)
         self._heartbeat: Heartbeat | None = None
 
-    def start(self, step: int) -> None:
-        """step: the last one that was completed. Does nothing while it runs."""
+    def start(self, step: int, seconds: Iterable[float] = ()) -> None:
+        """step: the last one that was completed.   seconds: as of Heartbeat. Does nothing while it runs."""
         if self._heartbeat is None:
-            settings = {"stall_after": self._stall_after, "every": self._every}
-            self._heartbeat = Heartbeat(self._run_dir, step=step, doing=self._doing, tell=self.tell, **settings)
+            self._heartbeat = Heartbeat(
+                self._run_dir,
+                step=step,
+                stall_after=self._stall_after,
+                seconds=seconds,
+                doing=self._doing,
+                tell=self.tell,
+                every=self._every,
+            )
 
     def tell(self, step: int, alert: Alert) -> None:
         """Send an alert of a step to the webhook."""

@@ -133,12 +133,15 @@ class Recorder:
             record["alerts"] = [asdict(alert) for alert in alerts]
         self._append(STEPS, record)
 
-    def record_groups(self, step: int, groups: Groups) -> None:
-        """Append the groups of a rollout that optimizer step `step` is the first to train on, and its new prompts."""
-        texts = {prompt_id(text): text for text in groups.prompts}
-        new = [{"step": step, "id": key, "text": text} for key, text in texts.items() if key not in self._prompts]
+    def record_groups(self, step: int, groups: Groups, *, texts: bool = True) -> None:
+        """Append the groups of a rollout that optimizer step `step` is the first to train on, and its new prompts.
+
+        texts: whether the texts of prompts are written, too.
+        """
+        known = {prompt_id(text): text for text in groups.prompts} if texts else {}
+        new = [{"step": step, "id": key, "text": text} for key, text in known.items() if key not in self._prompts]
         self._append(PROMPTS, *new)
-        self._prompts |= texts.keys()
+        self._prompts |= known.keys()
         record = {
             "step": step,
             "prompts": [prompt_id(text) for text in groups.prompts],

@@ -8,7 +8,7 @@
     tokens/step-000012.parquet   a sample of rollouts, one row per sequence, one list per token-level column
     checkpoint-12/               Hugging Face checkpoints, written by the trainer
     trackers.json                what the run is called in the systems of report_to, where there are any
-    heartbeat                    empty; its time is renewed every 10 s while the run is open
+    heartbeat                    {"step", "doing", "since", "stall"}, renewed every 10 s while the run is open
 
 `time` is in Unix seconds; `tokens` counts the tokens trained on since the start of the run; `entropy_by_position`,
 where recorded, holds mean entropy and token count of bins of positions that begin at `edges`, `mismatch_by_position`
@@ -16,7 +16,8 @@ likewise the mean |trainer - engine log-prob|; `histograms` holds counts of toke
 `rlvr.monitor.histograms`; `routers` the routers' Tsallis entropy, share of soft-routed tokens and expert load of each
 of `layers`, and entropy and load by bins of positions in the text; `alerts` is what the run said of a step, as
 {"kind", "message"} each, with a kind of `rlvr.alarm.KINDS`; an evaluation with a `name` is of other rows than the
-run's own.
+run's own. `heartbeat` tells the last step, what the run is at, since when, and the alert of a stall that lasts, or
+null. With `record_sequences: 0` there are neither token samples nor prompts.jsonl.
 
 The lists of groups.jsonl have an entry for each group, over all ranks, in the rollout's order: the prompt's id (the
 first 12 hexadecimal digits of the SHA-256 of its text), how many completions passed, how many could be scored, and

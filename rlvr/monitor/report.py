@@ -9,12 +9,12 @@ from rlvr.errors import ConfigError, RunError
 from rlvr.monitor import files
 from rlvr.monitor.dashboard.page import report_page
 from rlvr.monitor.downsample import spread
-from rlvr.monitor.payloads.curves import law_payload, series_payload
+from rlvr.monitor.payloads.curves import agreement_payload, law_payload, series_payload
 from rlvr.monitor.payloads.details import histograms_payload, positions_payload, router_payload
 from rlvr.monitor.payloads.numbers import to_json
 from rlvr.monitor.payloads.prompts import prompts_payload
 from rlvr.monitor.payloads.runs import metrics_payload, run_payload, run_row, runs_payload
-from rlvr.monitor.payloads.tokens import forks_payload, steps_payload, tokens_payload
+from rlvr.monitor.payloads.tokens import SHORT, forks_payload, steps_payload, tokens_payload
 from rlvr.monitor.payloads.view import View
 from rlvr.monitor.records import RUN, STEPS, holds_run
 from rlvr.monitor.watched import Watched
@@ -23,7 +23,6 @@ SAMPLES = 5  # steps whose sampled completions are part of a report
 SAMPLE_BYTES = 1_500_000  # of all of them
 SIZES = ((8, 1000), (8, 500), (4, 500), (4, 250), (2, 250), (2, 100))  # completions of a step, tokens of each
 PROMPT_LENGTH = 2000  # characters
-DIGITS = 4  # of a token's numbers
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -57,6 +56,7 @@ def report_data(run_dir: str | Path) -> dict[str, Any]:
             f"run?run={name}": run_payload(view),
             f"series?run={name}": series_payload(view),
             f"law?run={name}": law_payload(view),
+            f"agreement?run={name}": agreement_payload(view),
             f"histograms?run={name}": histograms_payload(view),
             f"positions?run={name}": positions_payload(view),
             f"router?run={name}": router_payload(view),
@@ -71,12 +71,10 @@ def _samples(view: View) -> dict[str, Any]:
     samples: dict[str, Any] = {}
     for rows, length in SIZES:
         samples = {
-            f"tokens?run={view.id}&step={step}": tokens_payload(
-                view.run_dir, step, length, rows, PROMPT_LENGTH, DIGITS
-            )
+            f"tokens?run={view.id}&step={step}": tokens_payload(view.run_dir, step, length, rows, PROMPT_LENGTH, SHORT)
             for step in steps
         }
         if len(to_json(samples)) <= SAMPLE_BYTES:
             break
     forks = {f"forks?run={view.id}&step={step}": forks_payload(view.run_dir, step) for step in steps}
-    return {f"tokens?run={view.id}": steps_payload(steps), **samples, **forks}
+    return {f"tokens?run={view.id}": steps_payload(steps, len(view.token_steps)), **samples, **forks}

@@ -1,5 +1,8 @@
 """Whether a run lives: from what it wrote last, for whoever only sees its directory."""
 
+import json
+import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ SILENT = 60.0  # seconds without a heartbeat, which is renewed every 10
 SLOW = 10.0  # usual steps without a record
 STALLED_AFTER = 300.0  # seconds without a record at least, for a run that lives
 DEAD_AFTER = 600.0  # likewise, for a run that has no heartbeat
+LONGEST = 500  # characters of what a heartbeat tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,18 @@ class Status:
 
     state: State
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """time: of the heartbeat, Unix seconds.   doing: the phase that the run is at, "" if not known.
+    since: when it began, Unix seconds, NaN if not known.   stall: what the run says of one that lasts, "" for none.
+    """
+
+    time: float
+    doing: str = ""
+    since: float = math.nan
+    stall: str = ""
 
 
 def run_status(
@@ -41,25 +57,49 @@ def run_status(
     silent = now - max(started, last_time or 0)
     patience = SLOW * (usual_step_seconds or 0)
     beat = _heartbeat(Path(run_dir))
-    if beat is not None and now - beat > SILENT:
-        return Status(
-            "dead", f"no sign of life for {_span(now - beat)}: its process was killed, or its machine is gone"
-        )
+    if beat is not None and now - beat.time > SILENT:
+        why = "its process was killed or stopped, its machine is gone, or code in it holds the interpreter's lock"
+        return Status("dead", f"no sign of life for {_span(now - beat.time)}: {why}{_said(beat, 'was')}")
     if beat is None and silent > max(patience, DEAD_AFTER):
         return Status("dead", f"nothing was recorded for {_span(silent)}, and the run has no heartbeat")
+    if beat is not None and beat.stall:
+        return Status("stalled", f"its process lives, but says: {beat.stall}{_said(beat, 'is', stall=False)}")
     if last_time is None or last_time < started:
         return Status("running", f"no step for {_span(silent)}: the first may take long" if silent > SILENT else "")
-    if beat is not None and silent > max(patience, STALLED_AFTER):
+    limit = max(patience, STALLED_AFTER)
+    if beat is not None and silent > limit and not now - beat.since <= limit:  # a phase is judged from its start
         usual = f"; a step usually takes {_span(usual_step_seconds)}" if usual_step_seconds else ""
-        return Status("stalled", f"its process lives, but nothing was recorded for {_span(silent)}{usual}")
+        told = f"its process lives, but nothing was recorded for {_span(silent)}{usual}"
+        return Status("stalled", told + _said(beat, "is"))
     return Status("running")
 
 
-def _heartbeat(run_dir: Path) -> float | None:
+def _heartbeat(run_dir: Path) -> Beat | None:
+    """None if there is none. What it tells is left out where it cannot be read: an older run's is empty."""
+    path = run_dir / HEARTBEAT
     try:
-        return (run_dir / HEARTBEAT).stat().st_mtime
+        found = path.stat()
     except OSError:
         return None
+    told: Any = None
+    if stat.S_ISREG(found.st_mode):
+        try:
+            with open(path, "rb") as file:
+                told = json.loads(file.read(65536))
+        except (OSError, ValueError, RecursionError):
+            pass
+    if not isinstance(told, dict):
+        return Beat(found.st_mtime)
+    doing, stall = (x[:LONGEST] if isinstance(x := told.get(name), str) else "" for name in ("doing", "stall"))
+    since = told.get("since")
+    since = since if isinstance(since, float) and math.isfinite(since) else math.nan
+    return Beat(found.st_mtime, doing, since, stall)
+
+
+def _said(beat: Beat, verb: str, stall: bool = True) -> str:
+    """What the run told of itself, to be put behind a sentence."""
+    at = f"; it {verb} at: {beat.doing}" if beat.doing else ""
+    return at + (f"; it had said: {beat.stall}" if stall and beat.stall else "")
 
 
 def _span(seconds: float) -> str:

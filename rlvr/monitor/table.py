@@ -33,6 +33,7 @@ def parse_step(line: bytes) -> dict[str, Any]:
 class Table:
     """Columns of the records given so far, in their order.
 
+    A record that does not tell how many tokens were trained on has as many as the one before.
     names: metrics in the order in which they were first recorded.   not_finite: how often a metric was recorded as
     something that is no finite number.
     """
@@ -84,8 +85,9 @@ class Table:
                 if name not in self.names:
                     self.names[name] = len(self.names)
         self._reserve(end)
-        axes = [(r["step"], r.get("time", math.nan), r.get("tokens", 0)) for r in records]
+        axes = [(r["step"], r.get("time", math.nan), r.get("tokens", math.nan)) for r in records]
         self._axes[:, begin:end] = floats(axes).T
+        self._carry_tokens(begin, end)
         groups: dict[tuple[str, ...], list[int]] = {}
         for number, record in enumerate(records):
             groups.setdefault(tuple(record["metrics"]), []).append(number)
@@ -109,6 +111,14 @@ class Table:
             axes = np.zeros((3, room))
             axes[:, : self.count] = self._axes[:, : self.count]
             self._values, self._axes = values, axes
+
+    def _carry_tokens(self, begin: int, end: int) -> None:
+        tokens = self._axes[2, begin:end]
+        known = np.isfinite(tokens)
+        if not known.all():
+            before = self._axes[2, begin - 1] if begin else 0.0
+            last = np.maximum.accumulate(np.where(known, np.arange(1, end - begin + 1), 0))
+            self._axes[2, begin:end] = np.append(before, tokens)[last]
 
     def _store(self, keys: tuple[str, ...], at: np.ndarray, rows: list[list[Any]]) -> None:
         if not keys:

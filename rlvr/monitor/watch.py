@@ -55,7 +55,7 @@ def frame(
     for label, line in _rows(run, steps, width - LABEL - 1):
         table.add_row(label, line)
     age = format_seconds(max(0.0, now - steps[-1]["time"]))
-    return Group(head, *_progress(run, steps, width), Text(), table, Text(f"last record {age} ago", "dim"))
+    return Group(head, *_progress(run, steps, status, width), Text(), table, Text(f"last record {age} ago", "dim"))
 
 
 def plain(text: Any) -> str:
@@ -75,7 +75,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BARS[min(7, int(8 * (x - low) / span)) if span else 3] for x in means)
 
 
-def _progress(run: Mapping[str, Any], steps: Sequence[dict[str, Any]], width: int) -> list[RenderableType]:
+def _progress(
+    run: Mapping[str, Any], steps: Sequence[dict[str, Any]], status: Status, width: int
+) -> list[RenderableType]:
     step, most = steps[-1]["step"], _setting(run, "max_steps")
     told = [f"step {step}", f"{steps[-1]['tokens']:,} tokens"]
     seconds = series(steps[-RECENT:], "time/step")[1]
@@ -84,9 +86,17 @@ def _progress(run: Mapping[str, Any], steps: Sequence[dict[str, Any]], width: in
     if not isinstance(most, int) or most < 1:
         return [Text(" · ".join(told))]
     told[0] += f" of {most}"
-    if seconds and step < most and run.get("status") not in ENDED:
-        told.append(f"{format_seconds((most - step) * fmean(seconds))} left")
+    each = _seconds_between(run, steps) or (fmean(seconds) if seconds else None)
+    if each and step < most and status.state == "running":
+        told.append(f"{format_seconds((most - step) * each)} left")
     return [Text(" · ".join(told)), ProgressBar(total=most, completed=min(step, most), width=width)]
+
+
+def _seconds_between(run: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds from one record to the next, evaluations and checkpoints included, since the run was resumed last."""
+    resumed = max((entry.get("time", 0) for entry in run.get("resumed", ())), default=0)
+    times = [record["time"] for record in steps[-RECENT:] if record["time"] >= resumed]
+    return max(0.0, times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
 
 def _rows(run: Mapping[str, Any], steps: Sequence[dict[str, Any]], width: int) -> list[tuple[str, Text]]:

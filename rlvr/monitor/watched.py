@@ -9,7 +9,7 @@ from typing import Any
 
 from rlvr.monitor.history import EAGER, History
 from rlvr.monitor.payloads.prompts import PromptTable
-from rlvr.monitor.payloads.view import View, last_time, usual_step_seconds
+from rlvr.monitor.payloads.view import View, last_time, usual_step_seconds, without_nulls
 from rlvr.monitor.records import EVALS, GROUPS, PROMPTS, RUN, TOKENS, read_evals, read_run, token_steps
 from rlvr.monitor.status import run_status
 
@@ -31,16 +31,15 @@ class Watched:
 
     def look(self, now: float | None = None) -> View:
         """What is known of the run now. Raises: ConfigError for a damaged file."""
-        run: dict[str, Any] = self._once(RUN, read_run)
+        run: dict[str, Any] = self._once(RUN, lambda run_dir: without_nulls(read_run(run_dir)))
         self.history.refresh()
         table = self.history.table
         evals: list[dict[str, Any]] = self._once(EVALS, read_evals)
         steps: list[int] = self._once(TOKENS, token_steps)
-        groups = self._key(GROUPS)
         last = last_time(table, evals)
         status = run_status(self.run_dir, run, last, usual_step_seconds(table), time.time() if now is None else now)
         keys = [key for key, _ in self._kept.values()]
-        state = repr((self.name, self.history.key, groups, self._key(PROMPTS), keys, status.state))
+        state = repr((self.name, self.history.key, self._key(GROUPS), self._key(PROMPTS), keys, status.state))
         return View(
             id=self.id,
             name=self.name,
@@ -52,7 +51,6 @@ class Watched:
             read=self.history.read,
             evals=evals,
             token_steps=steps,
-            prompts=bool(groups and groups[2]),
             version=hashlib.blake2b(state.encode(), digest_size=6).hexdigest(),
         )
 

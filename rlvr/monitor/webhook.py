@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import deque
+from html import escape
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,8 +20,11 @@ TIMEOUT, BEFORE_RETRY, GRACE = 10.0, 1.0, 3.0  # seconds
 MOST_WAITING, MOST_CHARACTERS = 100, 1900  # messages; Discord takes 2000 characters
 
 
-def check_webhook(url: str) -> None:
-    """Raises: ConfigError, which does not show the address, for what is no http or https URL of a host."""
+def check_webhook(url: str, name: str = "alert_webhook") -> None:
+    """Raises: ConfigError, which does not show the address, for what is no http or https URL of a host.
+
+    name: what holds it.
+    """
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -29,7 +33,7 @@ def check_webhook(url: str) -> None:
         good = False
     if not good or not url.isascii() or not url.isprintable() or " " in url:
         raise ConfigError(
-            "alert_webhook=<hidden> is no http or https URL such as https://hooks.example.org/abc, without user and "
+            f"{name}=<hidden> is no http or https URL such as https://hooks.example.org/abc, without user and "
             "password in it: copy it again from Slack, Discord or your own receiver"
         )
 
@@ -37,11 +41,12 @@ def check_webhook(url: str) -> None:
 class Webhook:
     """POSTs messages as JSON, one after the other, from a thread that lives while there is something to send.
 
-    A message is {"text", "content", "run", "step", "kind", "message"}; Slack shows `text`, Discord `content`. One that
-    is not taken is tried once more; the first that is lost is told in the log, without the address, which is a secret.
+    A message is {"text", "content", "allowed_mentions", "run", "step", "kind", "message"}; Slack shows `text`, where
+    &, < and > are escaped, Discord `content`, which notifies nobody by name. One that is not taken is tried once more;
+    the first that is lost is told in the log, without the address, which is a secret.
     No redirect is followed: the address is all that anybody has agreed to.
 
-    url: of `check_webhook`.   run: its name.   timeout, before_retry: seconds.
+    url: of `check_webhook`.   run: its name.   timeout: of each operation on the socket.   Both in seconds.
     """
 
     def __init__(self, url: str, run: str, *, timeout: float = TIMEOUT, before_retry: float = BEFORE_RETRY) -> None:
@@ -61,7 +66,8 @@ class Webhook:
         with self._lock:
             full = len(self._waiting) >= MOST_WAITING
             if not full:
-                self._waiting.append({"text": text, "content": text, **names})
+                shown = {"text": escape(text, quote=False), "content": text, "allowed_mentions": {"parse": []}}
+                self._waiting.append(shown | names)
             if self._thread is None:
                 queue = (self._waiting, self._given_up)
                 thread = threading.Thread(target=self._work, args=queue, name="rlvr-webhook", daemon=True)

@@ -1,20 +1,23 @@
 """What a run says by itself, and to whom: fields of every configuration of a policy."""
 
+import copy
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from rlvr.alarm import MismatchAlarm
 from rlvr.errors import ConfigError
 from rlvr.monitor.webhook import check_webhook
 
+WEBHOOK = "RLVR_ALERT_WEBHOOK"  # environment variable
 HIDDEN = "<ALERT_WEBHOOK>"  # as transformers hides tokens
 
 
 @dataclass
 class AlertFields:
     """A mix-in of PolicyConfig, which calls `check_alerts`. The webhook's address is a secret: it is in no text and no
-    pickle of the configuration.
+    pickle of the configuration. A help that formats its default to nothing does not show it.
     """
 
     mismatch_alarm: float | None = field(
@@ -36,7 +39,7 @@ class AlertFields:
         repr=False,
         metadata={
             "help": "An http or https address to which alerts, and the failure of a run, are sent as JSON that Slack "
-            "and Discord show."
+            f"and Discord show. Default: the environment variable {WEBHOOK}, if it is set.%(default).0s"
         },
     )
 
@@ -49,6 +52,9 @@ class AlertFields:
                 raise ConfigError(f"{name}={value!r}: must be a number of {unit}, or 0 for no such alert")
         if self.alert_webhook is not None:
             check_webhook(self.alert_webhook)
+        elif os.environ.get(WEBHOOK):
+            self.alert_webhook = os.environ[WEBHOOK]
+            check_webhook(self.alert_webhook, WEBHOOK)
 
     @property
     def mismatch_limit(self) -> MismatchAlarm:
@@ -72,3 +78,14 @@ class AlertFields:
     def __getstate__(self) -> dict[str, Any]:
         """Of training_args.bin, which goes wherever the weights go."""
         return {**self.__dict__, "alert_webhook": None}
+
+    def __copy__(self) -> Self:
+        """With the webhook, which `__getstate__` takes away."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = other = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other

@@ -16,7 +16,7 @@ from rlvr.law import fit_law
 from rlvr.monitor.groups import Groups
 from rlvr.monitor.lookout import Lookout
 from rlvr.monitor.recorder import Recorder
-from rlvr.monitor.records import read_evals, read_steps, rollout_points
+from rlvr.monitor.records import read_evals, read_steps, rollout_points, series
 from rlvr.trainers.dynamics import Loss
 from rlvr.trainers.header import header
 from rlvr.trainers.sampling import TokenSampler, groups_of
@@ -70,20 +70,23 @@ class RunCallback(TrainerCallback, ExportableState):
         }
         output_dir = str(trainer.args.output_dir)
         self._sinks.open(output_dir, resume_step)
+        seconds: Sequence[float] = ()  # of the steps so far
         if resume_step is None:
             self._recorder = Recorder(output_dir, config)
         else:
             self._recorder = Recorder.resume(output_dir, resume_step, config)
-            self._points = rollout_points(read_steps(output_dir))
+            kept = read_steps(output_dir)
+            self._points, seconds = rollout_points(kept), series(kept, "time/step")[1]
         args = trainer.args
         self._lookout = Lookout(
             output_dir, stall_after=args.stall_seconds, webhook=args.alert_webhook, doing=self._doing
         )
-        self._lookout.start(resume_step or 0)
+        self._lookout.start(resume_step or 0, seconds)
 
-    def _doing(self) -> str:
-        """What the run is at, "" where that is not known."""
-        return self._trainer.clock.doing or ("update" if self._in_step else "")
+    def _doing(self) -> tuple[str, float]:
+        """What the run is at, "" where that is not known, and since when."""
+        phase, since = self._trainer.clock.doing
+        return phase or ("update" if self._in_step else ""), since
 
     def tell(self, step: int, alert: Alert) -> None:
         """Let an alert be known outside of the run's records."""
@@ -141,7 +144,7 @@ class RunCallback(TrainerCallback, ExportableState):
             if rows := self.samples.take(trainer.diagnostics.means):
                 self._recorder.record_tokens(state.global_step, {k: [row[k] for row in rows] for k in rows[0]})
             for groups in self._groups:
-                self._recorder.record_groups(state.global_step, groups)
+                self._recorder.record_groups(state.global_step, groups, texts=args.record_sequences > 0)
             self._sinks.log_histograms(trainer.diagnostics.details.get("histograms", {}))
             self._sinks.log_samples(state.global_step, rows)
             self._sinks.log_alerts(state.global_step, trainer.alerts)

@@ -14,19 +14,19 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._stack: list[str] = []
+        self._stack: list[tuple[str, float]] = []  # each with when it began
         self._since = time.perf_counter()
 
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._stack:
-            self._seconds[self._stack[-1]] += now - self._since
+            self._seconds[self._stack[-1][0]] += now - self._since
         self._since = now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._charge()
-        self._stack.append(name)
+        self._stack.append((name, self._since))
         try:
             yield
         finally:
@@ -34,10 +34,14 @@ class PhaseClock:
             self._stack.pop()
 
     @property
-    def doing(self) -> str:
-        """The phase at hand, "" outside of all; another thread may ask. An evaluation's rollout is an evaluation."""
-        phases = tuple(self._stack)
-        return next((phase for phase in phases if phase in OUTSIDE_OF_STEPS), phases[-1] if phases else "")
+    def doing(self) -> tuple[str, float]:
+        """The phase at hand, "" outside of all, and since when, as of time.perf_counter; another thread may ask.
+
+        What an evaluation or a checkpoint consists of is part of it. Other phases begin anew after one within them.
+        """
+        phases, since = tuple(self._stack), self._since
+        whole = next((entry for entry in phases if entry[0] in OUTSIDE_OF_STEPS), None)
+        return whole or (phases[-1][0] if phases else "", since)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, every call of it under `name`."""

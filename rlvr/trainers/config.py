@@ -115,7 +115,10 @@ class PolicyConfig(AlertFields, AdapterFields, trl.GRPOConfig):
     probe_every: int = field(default=1, metadata={"help": "Watch every this many optimizer steps."})
     record_sequences: int = field(
         default=16,
-        metadata={"help": "Sequences of each rollout written with their tokens to the run directory; 0: none."},
+        metadata={
+            "help": "Sequences of each rollout written with their tokens to the run directory; 0: none, and no texts "
+            "of prompts."
+        },
     )
     stop: str | None = field(
         default=None,

@@ -20,6 +20,7 @@ from rlvr.monitor.report import write_report
 from rlvr.monitor.summary import format_summary, summarize
 from rlvr.tasks import TaskConfig, load_task
 from rlvr.trainers.adapters import choose_adapter, policy_or_adapter
+from rlvr.trainers.alert_fields import WEBHOOK
 from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.policy import PolicyTrainer
 from rlvr.trainers.resume import resolve_checkpoint, restarts
@@ -54,11 +55,13 @@ def parse_arguments(config_class: type[Any], argv: Sequence[str]) -> tuple[TaskC
     arguments = flag_values(list(argv))
     check_names(parser, arguments)
     try:
-        return parser.parse_args_and_config(arguments)
+        task_config, args, model_config = parser.parse_args_and_config(arguments)
     except ConfigError:
         raise
     except ValueError as error:  # what transformers and TRL say of their own fields
         raise ConfigError(" ".join(str(error).split())) from error
+    check_command_line(args, argv)
+    return task_config, args, model_config
 
 
 def train(
@@ -139,6 +142,16 @@ def model_arguments(args: Any, model_config: ModelConfig) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def check_command_line(args: Any, argv: Sequence[str]) -> None:
+    """Refuse a secret in a command line that is sent away. Raises: ConfigError."""
+    flags = {text.partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+    if "__alert_webhook" in flags and "wandb" in args.report_to:
+        raise ConfigError(
+            "--alert_webhook=<hidden> is refused with report_to=wandb, which stores the command line: set the "
+            f"environment variable {WEBHOOK}, or alert_webhook in the YAML"
+        )
+
+
 def check_names(parser: TrlParser, arguments: Sequence[str]) -> None:
     """Refuse an unknown key of the YAML or an unknown flag, with the nearest names, before anything is parsed."""
     known = {flag.removeprefix("--") for flag in parser._option_string_actions}
@@ -147,8 +160,12 @@ def check_names(parser: TrlParser, arguments: Sequence[str]) -> None:
         path = arguments[list(arguments).index("--config") + 1]
         try:
             settings = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except OSError as error:
             raise ConfigError(f"config={path!r} cannot be read: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:  # whose text may hold a secret
+            mark = getattr(error, "problem_mark", None)
+            why = f"line {mark.line + 1}, column {mark.column + 1} is no YAML" if mark else "it is no text in UTF-8"
+            raise ConfigError(f"config={path!r} cannot be read: {why}") from None
         if not isinstance(settings, dict):
             raise ConfigError(f"config={path!r} holds no `key: value` lines")
         given += [str(key) for key in settings if key != "env"]

@@ -133,6 +133,7 @@ class PolicyTrainer(ResumingTrainer):
         self.step_metrics: dict[str, float] = {}
         self.alerts: list[Alert] = []  # of the step at hand
         self._rollout_step = self._rollout_number = self._saved_step = -1
+        self._infinite = 0  # rewards of the step at hand that are
         self._parity_checked = False
         self._buffered_inputs = None
 
@@ -176,10 +177,8 @@ class PolicyTrainer(ResumingTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.clock.phase("verify"):
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
-        if infinite := int(rewards.isinf().sum()):
-            told = f"{infinite} rewards of a rollout are infinite: such completions count as not scored"
-            self.alert(Alert("reward", told))
-            rewards = rewards.masked_fill(rewards.isinf(), torch.nan)
+        self._infinite += int(rewards.isinf().sum()) * self.model.training  # an evaluation's alert nobody
+        rewards = rewards.masked_fill(rewards.isinf(), torch.nan)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # (B * ranks,), NaN: not scored
         return rewards
@@ -264,10 +263,13 @@ class PolicyTrainer(ResumingTrainer):
         self.step_metrics["optim/skipped"] = float(self._skips)
         if skipped is not None:
             self.alert(Alert("skipped", skipped))
-        seen = (step.metrics.get(name, math.nan) for name in ("entropy/mean", "mismatch/kl"))
-        self.step_metrics |= self.steering.observe(*seen)
-        for alert in self.steering.alerts:
-            self.alert(alert)
+        entropy, mismatch = (step.metrics.get(name, math.nan) for name in ("entropy/mean", "mismatch/kl"))
+        infinite, self._infinite = self._infinite, 0
+        try:
+            self.step_metrics |= self.steering.observe(entropy, mismatch, infinite)
+        finally:
+            for alert in self.steering.alerts:
+                self.alert(alert)
         self.progress.show(self.step_metrics)
         if step.mismatch is not None:
             check_parity(step.mismatch, engine_tolerance(self), self.state.global_step)

@@ -1,5 +1,6 @@
 """The names and shapes in which a run's measurements go to wandb, trackio and TensorBoard."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -40,11 +41,12 @@ def inert(text: str) -> str:
 
 
 def sample_row(step: int, row: Mapping[str, Any]) -> list[Any]:
-    """Values of COLUMNS; `entropy` is the mean over the completion's tokens, in nats."""
+    """Values of COLUMNS, None for a NaN; `entropy` is the mean over the completion's tokens, in nats."""
     entropy = row["entropy"]
     mean = sum(entropy) / len(entropy) if entropy else None
     texts = [_cut(row["prompt"]), _cut(row["completion"])]
-    return [step, row["sequence"], *texts, row["reward"], row["advantage"], mean, len(row["token_ids"])]
+    numbers = [None if x is None or math.isnan(x) else x for x in (row["reward"], row["advantage"], mean)]
+    return [step, row["sequence"], *texts, *numbers, len(row["token_ids"])]
 
 
 def _cut(text: str) -> str:

@@ -5,6 +5,7 @@ It goes into the run that transformers' own callback of the system opens, on the
 continues the run that it had there. Of a system that `report_to` does not name, nothing is imported.
 """
 
+import hashlib
 import json
 import os
 from collections import deque
@@ -28,6 +29,7 @@ from rlvr.monitor.files import replace
 from rlvr.trainers.sink_values import COLUMNS, finite_edges, inert, markdown, own_names, raw_histogram, sample_row
 
 TRACKERS = "trackers.json"  # in the run directory: what each system calls the run
+DIRECTORY = "directory"  # an entry of that file: a hash of where it was written
 PROJECT = "huggingface"  # of wandb, where WANDB_PROJECT does not say: that of transformers
 # Where transformers names the check for a package otherwise than the entry of report_to.
 _CHECKS = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
@@ -67,7 +69,8 @@ class Sink:
         """What the run is called, once it is open."""
         self.identity = identity
         if self.file is not None and (known := _known(self.file)).get(self.name) != identity:
-            replace(self.file, json.dumps(known | {self.name: identity}, indent=2).encode() + b"\n")
+            told = known | {DIRECTORY: _directory(self.file), self.name: identity}
+            replace(self.file, json.dumps(told, indent=2).encode() + b"\n")
 
     def take(self, ours: Mapping[str, float]) -> tuple[dict[str, list[int]], list[list[Any]]]:
         """Histograms and samples, where `ours` are of training steps; they begin anew."""
@@ -105,7 +108,8 @@ class WandbSink(Sink, WandbCallback):
         super().on_log(args, state, control, model=model, logs=theirs, **kwargs)  # which commits
 
     def log_alert(self, step: int, alert: Alert) -> None:
-        self._wandb.run.alert(title=f"rlvr: {alert.kind}", text=f"step {step}: {alert.message}", level="WARN")
+        title = f"rlvr step {step}: {alert.kind}"  # of one title wandb sends one a minute
+        self._wandb.run.alert(title=title, text=f"step {step}: {alert.message}", level="WARN")
 
 
 class TrackioSink(Sink, TrackioCallback):
@@ -188,6 +192,7 @@ class TensorBoardSink(Sink, TensorBoardCallback):
 
     def log_alert(self, step: int, alert: Alert) -> None:
         self.tb_writer.add_text("alerts", inert(f"{alert.kind}: {alert.message}"), step)
+        self.tb_writer.flush()
 
 
 SINKS: dict[type, type[Any]] = {
@@ -248,19 +253,26 @@ class Sinks:
                 sink.rows.extend(table)
 
     def log_alerts(self, step: int, alerts: Iterable[Alert]) -> None:
-        """Send at once what a person should know of a step."""
+        """Send what a person should know of a step."""
         for alert in alerts:
             for sink in self._sinks:
                 sink.log_alert(step, alert)
 
 
 def _known(file: Path) -> dict[str, str]:
+    """What the run is called; {} in a copy of its directory, which is to be another run."""
     try:
-        return dict(json.loads(file.read_bytes())) if file.exists() else {}
+        known = dict(json.loads(file.read_bytes())) if file.exists() else {}
+        return known if known.get(DIRECTORY) in (None, _directory(file)) else {}
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} is damaged ({error}): delete it, and the run opens new ones in report_to"
         ) from error
+
+
+def _directory(file: Path) -> str:
+    """Which directory a file is in: told apart by it, and not told."""
+    return hashlib.sha256(os.fsencode(file.parent.resolve())).hexdigest()[:16]
 
 
 def _rich(system: Any, counts: Mapping[str, list[int]], rows: Sequence[list[Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from rlvr.alarm import Alert, EntropyAlarm, EntropyAlarmError, MismatchAlarm, steps_outside
+from rlvr.alarm import Alert, EntropyAlarm, EntropyAlarmError, MismatchAlarm, infinite_rewards, steps_outside
 from rlvr.controls import Control, decide
 from rlvr.controls.base import Outcome, Scope
 from rlvr.errors import ConfigError, unknown
@@ -43,6 +43,7 @@ class Steering:
         self.alarm, self.mismatch_alarm = alarm or EntropyAlarm(), mismatch_alarm or MismatchAlarm()
         self._outside = 0  # steps in a row beyond the alarm's limits
         self._apart = 0  # steps in a row with engine and trainer beyond the other alarm's
+        self._infinite = 0  # steps with infinite rewards
         self._engaged = self.alarm.action != "thermostat"
         self.alerts: list[Alert] = []  # what a person should know of the step observed last
         self._started: dict[str, Control] = dict(self.controls)
@@ -69,13 +70,17 @@ class Steering:
             type(control).observe is not Control.observe for control in self.controls.values()
         )
 
-    def observe(self, entropy: float, mismatch: float = math.nan) -> dict[str, float]:
+    def observe(self, entropy: float, mismatch: float = math.nan, infinite: int = 0) -> dict[str, float]:
         """Take in a finished step, over all ranks; returns what alarm and thermostat have to tell.
 
         entropy: its mean.   mismatch: KL from engine to trainer, nats. Either is NaN where it was not measured.
-        Raises: EntropyAlarmError.
+        infinite: rewards of the step that are infinite.
+        Raises: EntropyAlarmError, of which `alerts` tells, too.
         """
         self.alerts = []
+        self._infinite += infinite > 0
+        if infinite and (said := infinite_rewards(self._infinite, infinite)):
+            self.alerts.append(Alert("reward", said))
         self._watch_engine(mismatch)
         if not math.isfinite(entropy):
             return {}
@@ -96,16 +101,16 @@ class Steering:
     def _alarm(self, entropy: float) -> dict[str, float]:
         self._outside = steps_outside(self._outside, entropy, self.alarm.low, self.alarm.high)
         message = self.alarm.message(self._outside, entropy)
-        if message is not None and self.alarm.action == "stop":
-            raise EntropyAlarmError(f"{message}: entropy_alarm stops the run; start from an earlier checkpoint")
         if message is not None:
             begins = "; the thermostat begins to act" if not self._engaged else ""
             self.alerts.append(Alert("collapse" if self._outside < 0 else "explosion", message + begins))
             self._engaged = True
+        if message is not None and self.alarm.action == "stop":
+            raise EntropyAlarmError(f"{message}: entropy_alarm stops the run; start from an earlier checkpoint")
         return {"entropy/outside": float(self._outside)}
 
     def _watch_engine(self, mismatch: float) -> None:
-        if not math.isfinite(mismatch):
+        if math.isnan(mismatch):
             return
         self._apart = steps_outside(self._apart, mismatch, -math.inf, self.mismatch_alarm.limit)
         if message := self.mismatch_alarm.message(self._apart, mismatch):
@@ -136,7 +141,7 @@ class Steering:
         if self.thermostat is not None and self._state is not None:
             thermostat = {"settings": self._range(), "value": self._lever().value, "state": asdict(self._state)}
         set_off = self._engaged and self.alarm.action == "thermostat"
-        alarm = {"outside": self._outside, "set_off": set_off, "apart": self._apart}
+        alarm = {"outside": self._outside, "set_off": set_off, "apart": self._apart, "infinite": self._infinite}
         return {"controls": moved, "thermostat": thermostat, "alarm": alarm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,6 +152,7 @@ class Steering:
         """
         alarm = state.get("alarm", {})
         self._outside, self._apart = alarm.get("outside", 0), alarm.get("apart", 0)
+        self._infinite = alarm.get("infinite", 0)
         self._engaged = self._engaged or alarm.get("set_off", False)
         for name, changes in state.get("controls", {}).items():
             if name in self.controls:

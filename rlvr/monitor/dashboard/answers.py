@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlvr.monitor.dashboard.library import Library
-from rlvr.monitor.payloads.curves import POINTS, law_payload, series_payload
+from rlvr.monitor.payloads.curves import POINTS, agreement_payload, law_payload, series_payload
 from rlvr.monitor.payloads.details import histograms_payload, positions_payload, router_payload
 from rlvr.monitor.payloads.numbers import to_json
 from rlvr.monitor.payloads.prompts import prompts_payload
@@ -60,7 +60,7 @@ def _series(run: Watched, view: View, parameters: Parameters) -> Any:
 
 def _tokens(run: Watched, view: View, parameters: Parameters) -> Any:
     if "step" not in parameters:
-        return steps_payload(view.token_steps)
+        return steps_payload(view.token_steps, len(view.token_steps))
     return tokens_payload(view.run_dir, _step(view, parameters))
 
 
@@ -77,11 +77,12 @@ def _step(view: View, parameters: Parameters) -> int:
 
 def _number(parameters: Parameters, name: str, default: float, least: float, most: float) -> float:
     try:
-        value = float(parameters.get(name, default))
+        value = float(parameters[name]) if name in parameters else default
     except ValueError:
         value = math.nan
-    if not least <= value <= most:
-        raise BadQuestion(f"{name}={parameters.get(name)!r}: must be a number from {least:g} to {most:g}")
+    if not least <= value <= most or (name in parameters and math.isinf(value)):
+        limits = f" from {least:g} to {most:g}" if math.isfinite(least) else ", and finite"
+        raise BadQuestion(f"{name}={parameters.get(name)!r}: must be a number{limits}")
     return value
 
 
@@ -89,6 +90,7 @@ OF_RUN: dict[str, Callable[[Watched, View, Parameters], Any]] = {
     "run": lambda run, view, _: run_payload(view),
     "series": _series,
     "law": lambda run, view, _: law_payload(view),
+    "agreement": lambda run, view, _: agreement_payload(view),
     "histograms": lambda run, view, _: histograms_payload(view),
     "positions": lambda run, view, _: positions_payload(view),
     "router": lambda run, view, _: router_payload(view),

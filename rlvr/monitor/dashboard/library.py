@@ -42,6 +42,7 @@ class Library:
         self._eager = eager
         self._runs: dict[str, Watched] = {}
         self._last: dict[str, Row] = {}
+        self._unnamed: list[dict[str, str]] = []  # problems of runs that no address can name
         self._asked: dict[str, float] = {}
         self._answering, self._counting = 0, threading.Lock()
         self._logged: set[tuple[str, str]] = set()
@@ -86,7 +87,7 @@ class Library:
         """
         self._scan()
         rows: dict[str, Row] = {}
-        problems: list[dict[str, str]] = []
+        problems = list(self._unnamed)
         begin = time.monotonic()
         for run in sorted(self._runs.values(), key=self._order):
             if run.id not in self._last and rows and time.monotonic() - begin > within:
@@ -137,6 +138,8 @@ class Library:
             if begin < self._next_scan:
                 return
             found = dict(find_runs(self.runs_dir))
+            self._unnamed = [_unnamed(id) for id in found if not _is_text(id)]
+            found = {id: path for id, path in found.items() if _is_text(id)}
             names = Counter(id.rpartition("/")[2] for id in found)
             runs = {}
             for id, path in found.items():
@@ -182,6 +185,16 @@ class Library:
         until = time.monotonic() + GIVE_WAY
         while self._answering and time.monotonic() < until:
             time.sleep(0.005)
+
+
+def _is_text(id: str) -> bool:
+    """Whether its bytes are UTF-8: those that are not are halves of surrogate pairs in a path."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in id)
+
+
+def _unnamed(id: str) -> dict[str, str]:
+    shown = id.encode("utf-8", "replace").decode("utf-8")
+    return {"id": shown, "error": f"the folder name {shown!r} is not UTF-8, so no address can name it; rename it"}
 
 
 def find_runs(runs_dir: Path) -> Iterator[tuple[str, Path]]:

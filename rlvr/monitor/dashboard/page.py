@@ -17,6 +17,7 @@ SCRIPTS = (
     "vendor/echarts.min.js",
     "charts.js",
     "lines.js",
+    "bars.js",
     *(f"views/{name}.js" for name in VIEWS),
     "app.js",
 )

@@ -39,11 +39,14 @@ def positions_payload(view: View) -> dict[str, Any]:
 
 
 def router_payload(view: View) -> dict[str, Any]:
-    """Means over neighboring steps of what the routers of a mixture of experts did, layer by layer."""
+    """Means over neighboring steps of what the routers of a mixture of experts did, layer by layer.
+
+    load_last, position: of the last record alone.
+    """
     details = view.table.details
     fold = details.routers
     if fold is None:
-        return {"step": [], "layers": [], "entropy": [], "soft": [], "load": [], "position": None}
+        return {"step": [], "layers": [], "entropy": [], "soft": [], "load": [], "load_last": [], "position": None}
     means = significant(ratio(fold.sums[:, 0], fold.sums[:, 1]))
     layers = len(details.layers)
     return {
@@ -52,6 +55,7 @@ def router_payload(view: View) -> dict[str, Any]:
         "entropy": np.ascontiguousarray(means[:, :layers]),
         "soft": np.ascontiguousarray(means[:, layers : 2 * layers]),
         "load": _loads(means[:, 2 * layers :], details),
+        "load_last": _loads(significant(details.last_load)[None], details)[0],
         "position": details.by_position,
     }
 

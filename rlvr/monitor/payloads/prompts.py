@@ -101,11 +101,14 @@ def prompts_payload(found: PromptTable, table: Table) -> dict[str, Any]:
     }
 
 
-STATES = ("solved", "partly", "never")
+STATES = ("solved", "partly", "never", "unscored")
 
 
 def _by_prompt(found: PromptTable, groups: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """State [prompts] of each, and rows of the most informative: rates near one half, then those met most often."""
+    """State [prompts] of each, and rows of the most informative: rates near one half, then those met most often.
+
+    No state takes the places of another, see `_places`.
+    """
     step, prompt, passed, scored = groups
     count = len(found.ids)
     order = np.argsort(prompt, kind="stable")
@@ -114,10 +117,13 @@ def _by_prompt(found: PromptTable, groups: np.ndarray) -> tuple[np.ndarray, list
     seen = np.diff(begins)
     all_passed, all_scored = (np.bincount(prompt, part, count).astype(np.int64) for part in (passed, scored))
     solved = (passed[lasts] == scored[lasts]) & (scored[lasts] > 0)
-    states = np.where(solved, 0, np.where(all_passed > 0, 1, 2))
+    states = np.where(solved, 0, np.where(all_passed > 0, 1, np.where(all_scored > 0, 2, 3)))
     rate = passed[lasts] / np.maximum(scored[lasts], 1)
+    ranked = np.lexsort((-seen, -rate * (1 - rate)))
+    places = _places(np.bincount(states, minlength=len(STATES)).tolist())
+    best = [ranked[states[ranked] == state][:most] for state, most in enumerate(places)]
     rows = []
-    for number in np.lexsort((-seen, -rate * (1 - rate)))[:MAX_PROMPTS].tolist():
+    for number in ranked[np.isin(ranked, np.concatenate(best))].tolist():
         visits = order[begins[number] : begins[number + 1]]
         shown = visits[spread(len(visits), MAX_VISITS)]
         shown = shown[scored[shown] > 0]
@@ -129,13 +135,25 @@ def _by_prompt(found: PromptTable, groups: np.ndarray) -> tuple[np.ndarray, list
                 "seen": int(seen[number]),
                 "passed": int(all_passed[number]),
                 "scored": int(all_scored[number]),
-                "first": int(step[visits[0]]),
-                "last": int(step[visits[-1]]),
                 "state": STATES[states[number]],
                 "points": [list(point) for point in zip(step[shown].tolist(), rates, strict=True)],
             }
         )
     return states, rows
+
+
+def _places(counts: list[int], most: int = MAX_PROMPTS) -> list[int]:
+    """How many prompts of each state of STATES are listed: equally many, and more where others have fewer.
+
+    Those that could not be scored get what is left.
+    """
+    places, free = [0] * len(counts), most
+    scored = sorted(range(len(counts) - 1), key=counts.__getitem__)
+    for done, state in enumerate(scored):
+        places[state] = min(counts[state], free // (len(scored) - done))
+        free -= places[state]
+    places[-1] = min(counts[-1], free)
+    return places
 
 
 def _over_training(groups: np.ndarray, table: Table) -> dict[str, Any]:

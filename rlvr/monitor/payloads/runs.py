@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from rlvr import __version__
 from rlvr.alarm import EntropyAlarm
 from rlvr.monitor.histograms import HISTOGRAMS
 from rlvr.monitor.instruments import thermostat_of
 from rlvr.monitor.metrics import EFFECT, METRICS, Metric
+from rlvr.monitor.payloads.clock import seconds_left, seconds_trained
 from rlvr.monitor.payloads.numbers import number
 from rlvr.monitor.payloads.view import View, control_names, last_time, parsed, settings
 
@@ -51,6 +50,9 @@ def run_row(view: View) -> dict[str, Any]:
     """How a run stands, in a line of the list of runs."""
     config, table = settings(view.run), view.table
     most = config.get("max_steps")
+    most = most if isinstance(most, int) and most > 0 else None
+    spent = seconds_trained(view)
+    left = seconds_left(view, spent, most)
     updated = last_time(table, view.evals) or view.run.get("finished") or view.started
     return {
         "id": view.id,
@@ -61,7 +63,9 @@ def run_row(view: View) -> dict[str, Any]:
         "updated": updated,
         "steps": view.num_steps,
         "last_step": int(table.step[-1]) if table.count else 0,
-        "max_steps": most if isinstance(most, int) and most > 0 else None,
+        "max_steps": most,
+        "spent": round(float(spent[-1]), 3) if len(spent) else 0.0,
+        "left": None if left is None else round(left, 3),
         "tokens": int(table.tokens[-1]) if table.count else 0,
         "entropy": number(table.last("entropy/mean")),
         "reward": number(table.last("reward/mean")),
@@ -74,7 +78,10 @@ def run_row(view: View) -> dict[str, Any]:
 
 
 def run_payload(view: View) -> dict[str, Any]:
-    """All that is known of a run beside its numbers over the training."""
+    """All that is known of a run beside its numbers over the training.
+
+    config: of its start.   settings: the same with what resumptions changed.
+    """
     run, table = view.run, view.table
     return {
         "id": view.id,
@@ -87,6 +94,7 @@ def run_payload(view: View) -> dict[str, Any]:
         "commit": run.get("commit"),
         "versions": run.get("versions", {}),
         "config": run.get("config", {}),
+        "settings": settings(run),
         "resumed": run.get("resumed", []),
         "metrics": sorted(table.names, key=_place),
         "alerts": [
@@ -97,7 +105,6 @@ def run_payload(view: View) -> dict[str, Any]:
         "band": _band(run),
         "alarm": _alarm(settings(run)),
         "not_finite": table.not_finite,
-        "has": _has(view),
     }
 
 
@@ -122,20 +129,3 @@ def _alarm(config: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError):
         alarm = EntropyAlarm()
     return {"low": alarm.low, "high": alarm.high}
-
-
-def _has(view: View) -> dict[str, bool]:
-    """Which parts of a page have something to show."""
-    table, areas = view.table, {name.partition("/")[0] for name in view.table.names}
-    clips = [name for name in table.names if name.startswith("clip/") and np.nansum(np.abs(table.column(name)))]
-    return {
-        "law": {"entropy/mean", "reward/mean", "time/rollout"} <= table.names.keys(),
-        "dynamics": "dynamics" in areas,
-        "controls": bool(areas - OTHER_AREAS) or "thermostat" in areas or bool(clips),
-        "tokens": bool(view.token_steps),
-        "positions": table.details.positions is not None,
-        "prompts": view.prompts,
-        "engine": "mismatch" in areas,
-        "router": "router" in areas or table.details.routers is not None,
-        "histograms": table.details.histograms is not None,
-    }

@@ -14,6 +14,7 @@ from rlvr.monitor.payloads.numbers import DIGITS, number, significant
 from rlvr.monitor.records import TOKENS
 
 MAX_TOKENS = 4000  # shown of a completion
+SHORT = 4  # digits of a token's numbers in a report
 FORKS = 40
 FORKING = 0.2  # share of the tokens, those with the highest entropy. Ref: Wang et al. 2025, arXiv 2506.01939
 
@@ -25,9 +26,9 @@ OF_TOKEN = (
 CONTROL = "control:"
 
 
-def steps_payload(steps: Sequence[int]) -> dict[str, Any]:
-    """The steps with a sample of rollouts."""
-    return {"steps": list(steps)}
+def steps_payload(steps: Sequence[int], recorded: int) -> dict[str, Any]:
+    """The steps with a sample of rollouts.   recorded: how many the run has, of which a report holds some."""
+    return {"steps": list(steps), "recorded_steps": recorded}
 
 
 def tokens_payload(
@@ -40,12 +41,14 @@ def tokens_payload(
 ) -> dict[str, Any]:
     """The sample of one step, with what is known of each token.
 
-    max_rows: of more, those spread evenly from the lowest to the highest reward.   max_prompt: characters.
+    recorded: completions of the sample.   max_rows: of more, those spread evenly from lowest to highest reward.
+    max_prompt: characters.
     Raises: FileNotFoundError if the step has none; ConfigError if its file is damaged.
     """
     table = _read(run_dir, step)
     chosen = range(table.num_rows) if max_rows is None else _ranked(table, max_rows)
-    return {"step": step, "rows": [_row(table, row, max_tokens, max_prompt, digits) for row in chosen]}
+    rows = [_row(table, row, max_tokens, max_prompt, digits) for row in chosen]
+    return {"step": step, "recorded": table.num_rows, "rows": rows}
 
 
 def _read(run_dir: Path, step: int) -> Any:
@@ -105,12 +108,14 @@ def _plain(values: Any, digits: int) -> Any:
 def forks_payload(run_dir: Path, step: int) -> dict[str, Any]:
     """The strings that are most often among the 20 % of the sampled tokens with the highest entropy.
 
-    count: how often.   share_forking: of all places where the string stands.   mean_entropy: over all of those, nats.
+    threshold: nats from which on a token is one of them, null if no token has any entropy: what is equal at the limit
+    counts, what is 0 does not.   count: how often.   share_forking: of all places where the string stands.
+    mean_entropy: over all of those, nats.
     Raises: as tokens_payload.
     """
     tokens, entropy = _sampled(run_dir, step)
-    forking = np.argsort(-entropy, kind="stable")[: math.ceil(FORKING * len(entropy))]
-    count = Counter(tokens[at] for at in forking.tolist())
+    threshold = _threshold(entropy)
+    count = Counter(tokens[at] for at in np.flatnonzero(entropy >= threshold).tolist())
     everywhere = Counter(tokens)
     total: dict[str, float] = dict.fromkeys(count, 0.0)
     for token, value in zip(tokens, entropy.tolist(), strict=True):
@@ -125,8 +130,23 @@ def forks_payload(run_dir: Path, step: int) -> dict[str, Any]:
                 "share_forking": number(times / everywhere[token]),
             }
             for token, times in count.most_common(FORKS)
-        ]
+        ],
+        "threshold": number(threshold),
     }
+
+
+def _threshold(entropy: np.ndarray) -> float:
+    """Nats that the share FORKING of the tokens reaches, rounded down to as few digits as a report has of a token's
+    entropy; the least that is not 0 if fewer have any, infinity if none.
+    """
+    ranked = np.sort(entropy[entropy > 0])[::-1]
+    wanted = math.ceil(FORKING * len(entropy))
+    if not len(ranked):
+        return math.inf
+    least = float(ranked[min(wanted, len(ranked)) - 1])
+    unit = 10.0 ** (math.floor(math.log10(least)) - SHORT + 1)
+    near = float(significant(least, SHORT))
+    return near if near <= least else float(significant(near - unit, SHORT))
 
 
 def _sampled(run_dir: Path, step: int) -> tuple[list[str], np.ndarray]:

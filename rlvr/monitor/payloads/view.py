@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from rlvr.monitor.table import Table
 class View:
     """id: how a page names the run.   name: how a person does.   run: of run.json.   table: of steps.jsonl.
     num_steps: records in steps.jsonl, also of those that `table` does not hold yet.   read: share of it that was read.
-    token_steps: steps with a sample of rollouts.   prompts: whether groups of prompts are recorded.
-    version: another one whenever anything of this is.
+    token_steps: steps with a sample of rollouts.   version: another one whenever anything of this is.
     """
 
     id: str
@@ -31,9 +30,7 @@ class View:
     read: float = 1.0
     evals: Sequence[dict[str, Any]] = ()
     token_steps: Sequence[int] = ()
-    prompts: bool = False
     version: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def started(self) -> float | None:
@@ -41,6 +38,20 @@ class View:
         if isinstance(self.run.get("started"), (int, float)):
             return float(self.run["started"])
         return float(self.table.time[0]) if self.table.count and math.isfinite(self.table.time[0]) else None
+
+
+def without_nulls(run: Any) -> Any:
+    """run.json without the entries that are null, and those of its resumptions: such an entry says nothing."""
+    if not isinstance(run, dict):
+        return run
+    known = {name: value for name, value in run.items() if value is not None}
+    if isinstance(known.get("resumed"), list):
+        entries = [entry for entry in known["resumed"] if entry is not None]
+        known["resumed"] = [
+            {name: value for name, value in e.items() if value is not None} if isinstance(e, dict) else e
+            for e in entries
+        ]
+    return known
 
 
 def settings(run: Mapping[str, Any]) -> dict[str, Any]:

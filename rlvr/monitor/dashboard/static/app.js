@@ -2,11 +2,13 @@
 // The page as a whole: which runs, which view, how lines are drawn; asks again every few seconds where a server answers.
 
 const ASK_EVERY = 2000; // milliseconds
+const SMOOTHING = [1, 5, 11, 25, 51, 101, 501]; // steps
 const FIRST_CHOICE = 6; // runs that are shown until somebody chooses
 const VIEWS = [overviewView, lawView, dynamicsView, controlsView, tokensView, positionsView, promptsView, engineView, routerView, runView];
 
 let metricsTable = { metrics: {}, histograms: {} };
 let allRuns = []; // newest first
+let writtenAt = null; // Unix seconds of the numbers
 let update = async () => {}; // draws the numbers of the view at hand
 let refreshing = false; // the numbers have changed, not the reader's wishes
 let drawing = Promise.resolve();
@@ -68,8 +70,8 @@ function readAddress() {
   if (VIEWS.some((view) => view.id === words.get("view"))) state.view = words.get("view");
   state.byHand = words.has("run");
   state.chosen = new Set(words.getAll("run"));
-  if (words.get("axis") in AXES) state.axis = words.get("axis");
-  state.smooth = Number(words.get("smooth")) || 1;
+  if (Object.hasOwn(AXES, words.get("axis"))) state.axis = words.get("axis");
+  state.smooth = SMOOTHING.includes(Number(words.get("smooth"))) ? Number(words.get("smooth")) : 1;
   state.log = words.get("log") === "1";
   state.focus = words.get("focus");
 }
@@ -77,105 +79,8 @@ function readAddress() {
 function writeAddress() {
   const words = new URLSearchParams({ view: state.view, axis: state.axis, smooth: state.smooth, log: state.log ? "1" : "0" });
   if (state.focus) words.set("focus", state.focus);
-  if (state.byHand) for (const id of state.chosen) words.append("run", id);
+  if (state.byHand) for (const id of state.chosen.size ? state.chosen : [""]) words.append("run", id);
   history.replaceState(null, "", `#${words}`);
-}
-
-// ---------------------------------------------------------------------------------------------- parts around the view
-
-function showTabs() {
-  const bar = document.getElementById("views");
-  bar.replaceChildren(
-    ...VIEWS.map((view) => h("button", { type: "button", role: "tab", id: `tab-${view.id}`, "aria-controls": "view", "aria-selected": String(view.id === state.view), tabindex: view.id === state.view ? 0 : -1, onclick: () => go(view.id) }, view.title)),
-  );
-  document.getElementById("view").setAttribute("aria-labelledby", `tab-${state.view}`);
-}
-
-function go(id, focus = false) {
-  state.view = id;
-  showTabs();
-  showTools();
-  if (focus) document.getElementById(`tab-${id}`).focus();
-  return rebuild();
-}
-
-function showTools() {
-  const view = VIEWS.find((one) => one.id === state.view);
-  const tools = document.getElementById("tools");
-  const parts = [];
-  if (view.lines) {
-    parts.push(
-      choice("x axis", [["step", "optimizer steps"], ["tokens", "tokens"], ["time", "time"]], state.axis, (axis) => change({ axis, range: null })),
-      choice("smoothing", [["1", "none"], ["5", "5 steps"], ["10", "10 steps"], ["25", "25 steps"], ["50", "50 steps"], ["100", "100 steps"], ["500", "500 steps"]], String(state.smooth), (n) => change({ smooth: Number(n) })),
-      checkbox("log scale", state.log, (log) => change({ log })),
-    );
-    if (state.range) parts.push(h("button", { type: "button", onclick: () => context.zoom(null) }, "reset zoom (Esc)"));
-    else parts.push(h("span", { class: "note" }, "drag over a plot to zoom"));
-  }
-  if (view.single && context.runs.length > 1) {
-    parts.push(choice("run", context.runs.map((run) => [run.id, run.name]), context.focus.id, (focus) => change({ focus })));
-  }
-  parts.push(h("button", { type: "button", id: "theme", style: { marginLeft: "auto" }, onclick: changeTheme }, theme.name === "dark" ? "light" : "dark"));
-  tools.replaceChildren(...parts);
-}
-
-function change(wishes) {
-  Object.assign(state, wishes);
-  showTools();
-  redraw();
-}
-
-function changeTheme() {
-  document.documentElement.dataset.theme = theme.name === "dark" ? "light" : "dark";
-  try {
-    localStorage.setItem("rlvr-theme", theme.name);
-  } catch {
-    // a page of a file may have no storage: the choice lasts as long as the page
-  }
-  showTools();
-  showRuns();
-  rebuild();
-}
-
-function showRuns() {
-  const wanted = document.getElementById("find").value.toLowerCase();
-  const list = document.getElementById("runs");
-  const listed = allRuns.filter((run) => run.name.toLowerCase().includes(wanted));
-  const focused = document.activeElement?.dataset?.run;
-  const some = h("div", { class: "tools" }, h("button", { type: "button", onclick: () => choose(listed.map((run) => run.id)) }, "all"), h("button", { type: "button", onclick: () => choose([]) }, "none"));
-  list.replaceChildren(...(allRuns.length > 1 ? [some] : []), ...listed.map(runEntry));
-  if (!allRuns.length) list.append(h("p", { class: "empty" }, "No run yet. This page shows one as soon as it begins."));
-  if (focused) list.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
-}
-
-function runEntry(run) {
-  const chosen = state.chosen.has(run.id);
-  const look = chosen ? withColor(run) : { color: "transparent", dash: "solid" };
-  const box = h("input", { type: "checkbox", "data-run": run.id, onchange: () => choose(box.checked ? [...state.chosen, run.id] : [...state.chosen].filter((id) => id !== run.id)) });
-  box.checked = chosen;
-  const facts = [`step ${run.last_step}${run.max_steps ? ` of ${run.max_steps}` : ""}`];
-  if (isNumber(run.entropy)) facts.push(`H ${formatNumber(run.entropy, 3)}`);
-  if (isNumber(run.reward)) facts.push(`R ${formatNumber(run.reward, 3)}`);
-  if (run.alerts) facts.push(`${run.alerts} alert${run.alerts > 1 ? "s" : ""}`);
-  if (run.read < 1) facts.push(`reading, ${Math.round(100 * run.read)} %`);
-  return h(
-    "label",
-    { class: "run", title: run.detail || null },
-    box,
-    h("span", { class: "swatch", style: { borderTopColor: look.color, borderTopStyle: look.dash } }),
-    h("span", { class: "name" }, run.name),
-    h("span", { class: "about" }, h("span", { class: `state ${run.status}` }, run.status), ` · ${facts.join(" · ")}`),
-  );
-}
-
-function choose(ids) {
-  state.chosen = new Set(ids);
-  state.byHand = true;
-  for (const id of state.places.keys()) if (!state.chosen.has(id)) state.places.delete(id);
-  state.range = null;
-  showRuns();
-  showTools();
-  rebuild();
 }
 
 // ---------------------------------------------------------------------------------------------- drawing
@@ -205,7 +110,10 @@ function rebuild() {
 
 function redraw() {
   writeAddress();
-  return inTurn(() => update());
+  return inTurn(async () => {
+    await update();
+    document.querySelector(".complaint")?.remove();
+  });
 }
 
 function complain(error) {
@@ -216,24 +124,26 @@ function complain(error) {
 
 async function ask() {
   const answer = await source.get("runs");
-  const before = new Map(allRuns.map((run) => [run.id, run.version]));
+  const before = new Map(allRuns.map((run) => [run.id, run.version + run.status + run.detail]));
+  const shownBefore = context.runs.map((run) => run.id).join("\n");
+  writtenAt = answer.now;
   allRuns = answer.runs.toSorted((a, b) => (b.started || 0) - (a.started || 0));
   const told = answer.problems.map(({ id, error }) => `${id}: ${error}`).join("\n");
   document.getElementById("problems").textContent = told;
-  const arrived = allRuns.filter((run) => !before.has(run.id));
   if (!state.byHand) state.chosen = new Set(allRuns.slice(0, FIRST_CHOICE).map((run) => run.id));
-  const changed = context.runs.some((run) => before.get(run.id) !== run.version);
-  return { arrived: arrived.length > 0 || allRuns.length !== before.size, changed };
+  const changed = context.runs.some((run) => before.get(run.id) !== run.version + run.status + run.detail);
+  return { others: context.runs.map((run) => run.id).join("\n") !== shownBefore, changed };
 }
 
 async function follow() {
   const foot = document.getElementById("foot");
   if (!document.hidden) {
     try {
-      const { arrived, changed } = await ask();
+      const { others, changed } = await ask();
       showRuns();
       refreshing = true;
-      if (arrived) await rebuild();
+      if (others) showTools();
+      if (others) await rebuild();
       else if (changed) await redraw();
       foot.textContent = "";
     } catch (error) {
@@ -269,6 +179,7 @@ async function start() {
   readAddress();
   document.getElementById("find").addEventListener("input", showRuns);
   document.addEventListener("keydown", keys);
+  addEventListener("hashchange", returnTo);
   const [table] = await Promise.all([source.get("metrics"), ask()]);
   metricsTable = table;
   document.title = allRuns.length === 1 ? `${allRuns[0].name} · rlvr` : `${allRuns.length} runs · rlvr`;
@@ -279,6 +190,17 @@ async function start() {
   // Milliseconds from the request of the page until its first view was painted.
   requestAnimationFrame(() => requestAnimationFrame(() => (document.documentElement.dataset.ready = performance.now())));
   if (LIVE) setTimeout(follow, ASK_EVERY);
+  else document.getElementById("foot").textContent = `Written ${formatDate(writtenAt)} by rlvr ${metricsTable.version}.`;
+}
+
+// The address was changed by hand, or by the browser's back.
+function returnTo() {
+  readAddress();
+  if (!state.byHand) state.chosen = new Set(allRuns.slice(0, FIRST_CHOICE).map((run) => run.id));
+  showTabs();
+  showRuns();
+  showTools();
+  rebuild();
 }
 
 start().catch((error) => complain(error));

@@ -2,7 +2,7 @@
 // One card of the page with a picture in it, drawn by ECharts once it is in sight.
 
 const COLORS = {
-  light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07A00", "#56B4E9", "#6b7280"],
+  light: ["#0072B2", "#D55E00", "#008a65", "#b5558a", "#946600", "#332288", "#6b7280"],
   dark: ["#56B4E9", "#E69F00", "#2BBF95", "#CC79A7", "#F0E442", "#D55E00", "#9aa3af"],
 };
 const DASHES = ["solid", "dashed", "dotted"];
@@ -21,7 +21,7 @@ const theme = {
   },
   // Light paper: more is darker. Dark paper: more is lighter.
   get ramp() {
-    return this.name === "dark" ? RAMP.slice(2) : [...RAMP].reverse();
+    return this.name === "dark" ? RAMP.slice(2) : RAMP.slice(0, 8).reverse();
   },
   paint(name) {
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -49,8 +49,8 @@ const inSight = new IntersectionObserver(
 const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => target.card.chart?.resize()));
 
 class Card {
-  // info: names of metrics to be explained.   wide: over all columns.   height: pixels.
-  constructor(root, title, { info = [], note = "", wide = false, height = 270 } = {}) {
+  // info: names of metrics to be explained.   about: a text that explains the rest.   wide: over all columns.   height: pixels.
+  constructor(root, title, { info = [], about = "", note = "", wide = false, height = 270 } = {}) {
     this.title = title;
     this.box = h("div", { class: "chart", role: "img", "aria-label": title, style: { height: `${height}px` } });
     this.box.card = this;
@@ -59,7 +59,7 @@ class Card {
     this.note = h("p", { class: "note" }, note);
     this.numbers = h("details", { class: "numbers", ontoggle: () => this.fillNumbers() }, h("summary", {}, "numbers"));
     this.save = h("button", { type: "button", onclick: () => this.download(), "aria-label": `Save ${title} as PNG` }, "png");
-    this.head = h("header", {}, h("h3", {}, title), this.save, info.length ? infoButton(explanation(info)) : null);
+    this.head = h("header", {}, h("h3", {}, title), this.save, info.length || about ? infoButton([about ? h("p", {}, about) : null, explanation(info)]) : null);
     this.kinds = h("p", { class: "facts note" });
     this.element = h("section", { class: wide ? "card wide" : "card" }, this.head, this.kinds, this.box, this.message, this.note, this.numbers);
     root.append(this.element);
@@ -91,10 +91,12 @@ class Card {
       this.chart = echarts.init(this.box, null, { renderer: "canvas" });
       for (const [name, act] of Object.entries(this.events)) this.chart.on(name, act);
     }
+    const draggable = (active) => {
+      if (this.events.datazoom) this.chart.dispatchAction({ type: "takeGlobalCursor", key: "dataZoomSelect", dataZoomSelectActive: active });
+    };
+    draggable(false); // a cursor that is taken twice zooms twice, and is kept for ever
     this.chart.setOption({ ...frame(), ...this.pending }, { notMerge: true });
-    if (this.events.datazoom) {
-      this.chart.dispatchAction({ type: "takeGlobalCursor", key: "dataZoomSelect", dataZoomSelectActive: true });
-    }
+    draggable(true);
     this.pending = null;
   }
 
@@ -110,9 +112,9 @@ class Card {
   }
 
   // entries: [dash, label] of kinds of lines.
-  legend(entries) {
+  legend(entries, remark = "") {
     const swatch = (dash) => h("span", { class: "swatch", style: { borderTopStyle: dash, borderTopWidth: "2px" } });
-    this.kinds.replaceChildren(...entries.map(([dash, label]) => h("span", {}, swatch(dash), " ", label)));
+    this.kinds.replaceChildren(...entries.map(([dash, label]) => h("span", {}, dash === "none" ? null : swatch(dash), " ", label)), remark);
   }
 
   say(text) {
@@ -158,7 +160,7 @@ function axis(name, more = {}) {
     nameTextStyle: { color: soft },
     scale: true,
     axisLine: { lineStyle: { color: line } },
-    axisLabel: { color: soft, hideOverlap: true, formatter: (value) => formatCount(value) },
+    axisLabel: { color: soft, hideOverlap: true, formatter: formatTick },
     splitLine: { lineStyle: { color: line, opacity: 0.6 } },
     minorTick: { show: false },
     ...more,

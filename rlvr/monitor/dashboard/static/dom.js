@@ -31,11 +31,23 @@ function formatCount(value) {
   return formatNumber(value);
 }
 
+// On an axis, where one number has to differ from the next.
+function formatTick(value) {
+  const size = Math.abs(value);
+  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(6))}M`;
+  if (size >= 1e4) return value.toLocaleString("en-US");
+  const exact = Number(value.toPrecision(6));
+  return size > 0 && size < 1e-4 ? exact.toExponential() : String(exact);
+}
+
 function formatSeconds(seconds) {
   if (!isNumber(seconds)) return "–";
-  if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
-  if (seconds < 172800) return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
+  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 2880) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
   return `${(seconds / 86400).toFixed(1)} days`;
 }
 
@@ -68,9 +80,9 @@ function explanation(names) {
 }
 
 function infoButton(content) {
-  const details = h("details", { class: "info" }, h("summary", { "aria-label": "What this shows" }, "?"), h("div", {}, content));
+  const details = h("details", { class: "info" }, h("summary", { "aria-label": "What this shows" }, "?"), h("div", { tabindex: -1 }, content));
   details.addEventListener("focusout", (event) => {
-    if (!details.contains(event.relatedTarget)) details.open = false;
+    if (event.relatedTarget && !details.contains(event.relatedTarget)) details.open = false;
   });
   details.addEventListener("keydown", (event) => {
     if (event.key === "Escape") details.open = false;
@@ -88,6 +100,14 @@ function table(head, rows) {
     { class: "scroll", tabindex: 0 },
     h("table", {}, h("thead", {}, h("tr", {}, titles)), h("tbody", {}, rows.map((row) => h("tr", {}, row.map(cell))))),
   );
+}
+
+// Puts new parts into an element; the focus stays on the control that takes the place of the one that had it.
+function renew(element, ...parts) {
+  const controls = () => [...element.querySelectorAll("a, button, input, select, summary, [tabindex]")];
+  const place = controls().indexOf(document.activeElement);
+  element.replaceChildren(...parts);
+  if (place >= 0) controls()[place]?.focus({ preventScroll: true });
 }
 
 function choice(label, options, value, onchange) {

@@ -43,7 +43,7 @@ const source = {
     const answer = this.get(name, asked);
     this.kept.set(key, { version: run.version, answer });
     answer.catch(() => this.kept.delete(key));
-    if (this.kept.size > 300) this.kept.delete(this.kept.keys().next().value);
+    if (this.kept.size > 300 + 20 * allRuns.length) this.kept.delete(this.kept.keys().next().value);
     return answer;
   },
 

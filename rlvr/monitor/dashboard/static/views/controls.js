@@ -7,13 +7,19 @@ const controlsView = {
   lines: true,
   build(root, context) {
     let cards = null;
+    let known = ""; // the metrics that the cards are for
     let details = {};
     const empty = h("p", { class: "empty wide", hidden: true }, "These runs recorded no control, no clip and no thermostat.");
     root.append(empty);
     return async () => {
       details = await context.details();
       const names = [...new Set(Object.values(details).flatMap((one) => one.metrics))];
-      cards ??= controlCards(root, names, () => details, context);
+      if (known !== names.toSorted().join()) {
+        known = names.toSorted().join();
+        forgetCards();
+        root.replaceChildren(empty);
+        cards = controlCards(root, names, () => details, context);
+      }
       const found = await lineCards(cards.lines)(context);
       const histograms = await source.of(context.focus, "histograms");
       drawHistogram(cards.weights, histograms, "weight");
@@ -39,8 +45,8 @@ function controlCards(root, names, details, context) {
     ].slice(0, names.includes("thermostat/value") ? 3 : 0),
     { wide: true },
   );
-  const weights = new Card(root, "Weights on the tokens", { wide: true, height: 300, note: `Share of the tokens at each weight; 0 for those taken out of the loss. Of ${context.focus.name}.` });
-  const advantages = new Card(root, "Advantages of the tokens", { wide: true, height: 300, note: `Share of the tokens at each advantage. Of ${context.focus.name}.` });
+  const weights = new Card(root, "Weights on the tokens", { wide: true, height: 300, about: metricsTable.histograms.weight?.meaning, note: `Share of the tokens at each weight; 0 for those taken out of the loss. Of ${context.focus.name}.` });
+  const advantages = new Card(root, "Advantages of the tokens", { wide: true, height: 300, about: metricsTable.histograms.advantage?.meaning, note: `Share of the tokens at each advantage. Of ${context.focus.name}.` });
   const own = [...new Set(names.map((name) => name.split("/")[0]))].filter((area) => isControl(area) && of(`${area}/`).length);
   for (const area of own) add(area, byUnit(of(`${area}/`)));
   add("How far the update moved the policy", [{ unit: "nats", lines: lines(["policy/kl_old", "KL from the rollout's policy"]) }, { unit: "ratio", linear: true, lines: lines(["policy/ratio", "importance ratio"]) }]);
@@ -53,8 +59,7 @@ function byUnit(all) {
   return units.map((unit) => ({ unit, lines: all.filter((line) => metricOf(line.name).unit === unit) }));
 }
 
-const AREAS = ["policy", "router", "entropy", "covariance", "dynamics", "law", "advantage", "critic", "clip", "thermostat", "reward", "rollout", "mismatch", "time", "optim", "heldout"];
-
+// A control is what can have an effect of its own.
 function isControl(area) {
-  return !AREAS.includes(area);
+  return `${area}/effect` in metricsTable.metrics;
 }

@@ -17,7 +17,7 @@ const engineView = {
       new LineCard(root, "Probability ratio of a token", [{ unit: "ratio", lines: lines(["mismatch/ratio_mean", "mean"], ["mismatch/ratio_max", "largest"], ["mismatch/ratio_min", "smallest"]) }]),
       new LineCard(root, "Rollout", [{ unit: "tokens/s", zero: true, lines: lines(["time/rollout_tokens_per_s", "tokens per second"]) }, { unit: "s", zero: true, positive: true, lines: lines(["time/rollout", "generating"], ["time/sync_weights", "sending the weights"]) }]),
     ];
-    const distribution = new Card(root, "Mismatch of the tokens", { wide: true, height: 300, note: "Share of the rollout's tokens in each range of |trainer log-prob − engine log-prob|." });
+    const distribution = new Card(root, "Mismatch of the tokens", { wide: true, height: 300, about: metricsTable.histograms.mismatch?.meaning, note: `Share of the rollout's tokens in each range. Of ${context.focus.name}.` });
     return async () => {
       [details, data] = await Promise.all([context.details(), context.series(kl.names)]);
       showEngineAlarms(alarms, context.runs, details);

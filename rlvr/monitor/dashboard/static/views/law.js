@@ -8,8 +8,8 @@ const lawView = {
   build(root, context) {
     const verdicts = h("div", {});
     root.append(h("section", { class: "card wide" }, h("header", {}, h("h3", {}, "R = −a exp(H) + b"), infoButton(explanation(["law/a", "law/b", "law/ceiling", "law/r2", "law/r2_linear", "law/holds"]))), verdicts));
-    const cloud = new Card(root, "Reward against exp(entropy)", { wide: true, height: 420, note: "One point for each rollout. Line and shade: the fit and its 95 % interval. Diamond at exp(H) = 1: the reward that the fit predicts when all entropy is spent." });
-    const residuals = new Card(root, "What the fit leaves over", { note: "A trend here means that the law does not hold: the ceiling is then not to be believed." });
+    const cloud = new Card(root, "Reward against exp(entropy)", { wide: true, height: 420, about: "R is the mean reward of a rollout, H the entropy of the policy that made it, in nats. Cui et al. 2025, arXiv 2505.22617.", note: "One point for each rollout. Line and shade: the fit and its 95 % interval. Diamond at exp(H) = 1: the reward that the fit predicts when all entropy is spent." });
+    const residuals = new Card(root, "What the fit leaves over", { about: "The reward of each rollout less what the fit gives for its entropy.", note: "A trend here means that the law does not hold: the ceiling is then not to be believed." });
     const history = new LineCard(root, "Predicted ceiling while training", [{ unit: "reward", linear: true, lines: lines(["law/ceiling", "ceiling"], ["law/ceiling_low", "lower end"], ["law/ceiling_high", "upper end"]) }], { note: "Fitted to the rollouts until then." });
     const quality = new LineCard(root, "Variance of the reward that is explained", [{ unit: "fraction", linear: true, lines: lines(["law/r2", "law"], ["law/r2_linear", "straight line in H"]) }]);
     const draw = lineCards([history, quality]);
@@ -58,7 +58,7 @@ function drawCloud(card, told) {
   const numbers = () => [["run", "step", "entropy (nats)", "exp(H)", "reward"], told.flatMap(({ run, points }) => points.slice(-200).map(([step, entropy, reward]) => [run.name, step, entropy, Math.exp(entropy), reward]))];
   card.draw(
     {
-      grid: { left: 62, right: alone ? 90 : 20, top: 34, bottom: 44 },
+      grid: { left: 62, right: alone ? 90 : 20, top: alone ? 34 : 56, bottom: 44 },
       legend: { show: !alone, type: "scroll", top: 0, left: 0, textStyle: { color: theme.paint("ink") } },
       xAxis: axis("exp(H)", { nameLocation: "middle", nameGap: 26, min: 1 }),
       yAxis: axis("reward"),
@@ -99,6 +99,6 @@ function drawResiduals(card, told) {
       tooltip: tooltipStyle({ formatter: ({ seriesName, value }) => tooltip(`${seriesName}, step ${value[0]}`, [{ name: "reward above the fit", value: formatNumber(value[1]) }]) }),
       series,
     },
-    { label: "Residuals of the law against the step" },
+    { label: "Residuals of the law against the step", numbers: () => [["run", "step", "reward − fit"], series.flatMap((one) => one.data.slice(-200).map(([step, rest]) => [one.name, step, rest]))] },
   );
 }

@@ -22,15 +22,17 @@ function lineCards(cards) {
   };
 }
 
-// Where the horizontal axis has a step, an alert or an evaluation of that step stands.
-function xOf(context, data, step, record) {
-  if (context.axis === "step") return step;
-  if (context.axis === "time" && record.seconds !== undefined) return record.seconds / 3600;
-  return AXES[context.axis].of(data)[nearest(data.step, step)];
+const MARKS = 100; // alerts that are marked in a plot
+
+// Where an alert or an evaluation of a step stands on the horizontal axis.
+function xOf(context, data, step) {
+  return context.axis === "step" ? step : AXES[context.axis].of(data)[nearest(data.step, step)];
 }
 
 function alertMarks(alerts, context, line, data) {
-  const shown = alerts.slice(-40);
+  const [low, high] = context.range || [0, Infinity];
+  const placed = alerts.map((alert) => ({ xAxis: xOf(context, data, alert.step), step: alert.step, message: `${alert.kind}: ${alert.message}` }));
+  const shown = placed.filter((mark) => mark.xAxis >= low && mark.xAxis <= high).slice(-MARKS);
   if (!shown.length) return undefined;
   return {
     symbol: ["none", "pin"],
@@ -39,21 +41,21 @@ function alertMarks(alerts, context, line, data) {
     itemStyle: { color: theme.paint("bad") },
     label: { show: false },
     tooltip: tooltipStyle({ trigger: "item", formatter: ({ data: mark }) => tooltip(`step ${mark.step}`, [{ name: mark.message, value: "" }]) }),
-    data: shown.map((alert) => ({ xAxis: xOf(context, data, alert.step, {}), step: alert.step, message: `${alert.kind}: ${alert.message}` })),
+    data: shown,
   };
 }
 
 function heldoutPoints(run, details, context, data) {
   const evals = details.evals.filter((one) => isNumber(one.metrics["heldout/reward"]) && !one.name);
   if (!evals.length || !data.step.length) return [];
-  const points = evals.map((one) => [xOf(context, data, one.step, { seconds: one.time - details.started }), one.metrics["heldout/reward"]]);
-  const color = run.color;
+  const named = (i) => ({ show: context.runs.length === 1 && (i === 0 || i === evals.length - 1), position: i ? "left" : "right", distance: 8 });
+  const points = evals.map((one, i) => ({ value: [xOf(context, data, one.step), one.metrics["heldout/reward"]], label: named(i) }));
   return [
     {
-      type: "line", name: "held out", data: points, symbol: "diamond", symbolSize: 10, color, z: 4,
+      type: "line", name: "held out", data: points, symbol: "diamond", symbolSize: 10, color: run.color, z: 4,
       lineStyle: { width: 1, type: "dotted", color: run.color },
       tooltip: { show: false },
-      label: { show: context.runs.length === 1, position: "top", color: theme.paint("ink"), formatter: ({ value, dataIndex }) => (dataIndex === points.length - 1 || !dataIndex ? formatNumber(value[1], 3) : "") },
+      label: { color: theme.paint("ink"), formatter: ({ value }) => formatNumber(value[1], 3) },
     },
   ];
 }
@@ -67,17 +69,17 @@ function statusCard(root) {
   };
 }
 
+const openAlerts = new Map(); // by run, as the reader left them
+
 function runStatus(run, details) {
-  const elapsed = run.updated && run.started ? run.updated - run.started : null;
-  const left = run.status === "running" && run.max_steps && run.last_step ? (elapsed / run.last_step) * (run.max_steps - run.last_step) : null;
   const facts = [
     h("span", { class: "swatch", style: { borderTopColor: run.color, borderTopStyle: run.dash } }),
     h("b", {}, run.name),
     h("span", { class: `state ${run.status}` }, run.status),
     h("span", {}, "step ", h("b", {}, `${run.last_step}${run.max_steps ? ` / ${run.max_steps}` : ""}`)),
     h("span", {}, h("b", {}, formatCount(run.tokens)), " tokens trained on"),
-    h("span", {}, "last step after ", h("b", {}, formatSeconds(elapsed))),
-    left ? h("span", {}, "about ", h("b", {}, formatSeconds(left)), " to go") : null,
+    h("span", {}, h("b", {}, formatSeconds(run.spent)), " of training"),
+    LIVE && isNumber(run.left) ? h("span", {}, "about ", h("b", {}, formatSeconds(run.left)), " to go") : null,
     run.controls.length ? h("span", {}, "controls ", h("b", {}, run.controls.join(", "))) : null,
   ];
   const parts = [h("p", { class: "facts" }, facts)];
@@ -87,7 +89,9 @@ function runStatus(run, details) {
   if (broken.length) parts.push(h("p", { class: "note" }, `not finite: ${broken.map(([name, n]) => `${name} in ${n} steps`).join(", ")}`));
   if (details.alerts.length) {
     const list = details.alerts.slice(-50).reverse().map((one) => h("li", {}, h("b", {}, `step ${one.step} · ${one.kind}`), ` ${one.message}`));
-    parts.push(h("details", { class: "fold", open: details.alerts.length <= 3 }, h("summary", {}, `${details.alerts.length} alert${details.alerts.length > 1 ? "s" : ""}, newest first`), h("ul", { class: "alerts" }, list)));
+    const open = openAlerts.get(run.id) ?? details.alerts.length <= 3;
+    const told = details.alerts.length > 50 ? ", the last 50" : "";
+    parts.push(h("details", { class: "fold", open, ontoggle: (event) => openAlerts.set(run.id, event.target.open) }, h("summary", {}, `${details.alerts.length} alert${details.alerts.length > 1 ? "s" : ""}, newest first${told}`), h("ul", { class: "alerts" }, list)));
   }
   return h("div", {}, parts);
 }

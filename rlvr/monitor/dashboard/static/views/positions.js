@@ -7,7 +7,7 @@ const positionsView = {
   single: true,
   build(root, context) {
     const entropy = new Card(root, "Entropy by position in the completion", { wide: true, height: 320, info: ["entropy/mean"] });
-    const profile = new Card(root, "The same, as profiles", { note: "Mean entropy at each range of positions, at five times of the training." });
+    const profile = new Card(root, "The same, as profiles", { info: ["entropy/mean"], note: "Mean entropy at each range of positions, at five times of the training." });
     const mismatch = new Card(root, "Mismatch of engine and trainer by position", { wide: true, height: 320, info: ["mismatch/abs_logp_mean"], note: "Mean |trainer log-prob − engine log-prob|. It grows along the completion where caches or precision differ." });
     return async () => {
       const found = await source.of(context.focus, "positions");
@@ -56,6 +56,6 @@ function drawProfiles(card, steps, labels, columns) {
       yAxis: axis("nats", { min: 0 }),
       series,
     },
-    { label: card.title },
+    { label: card.title, numbers: () => [["position", ...series.map((one) => one.name)], labels.map((range, i) => [range, ...series.map((one) => one.data[i] ?? "–")])] },
   );
 }

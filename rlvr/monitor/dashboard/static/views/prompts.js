@@ -14,6 +14,7 @@ const promptsView = {
     return async () => {
       const run = context.focus;
       const found = await source.of(run, "prompts");
+      if (refreshing && list.contains(document.activeElement)) return; // somebody is typing
       if (!found.total) {
         shares.say("No groups are recorded in this run.");
         return list.replaceChildren();
@@ -33,14 +34,18 @@ function drawShares(card, found) {
       tooltip: tooltipStyle({ trigger: "axis", formatter: (items) => tooltip(`step ${items[0].axisValue}`, items.map((item) => ({ color: item.color, name: item.seriesName, value: `${formatNumber(100 * item.value[1], 3)} %` }))) }),
       xAxis: axis("step", { nameLocation: "middle", nameGap: 26, min: found.step[0], max: found.step.at(-1), splitLine: { show: false } }),
       yAxis: axis("share of the groups", { min: 0, max: 1, nameTextStyle: { color: theme.paint("soft"), align: "left" } }),
-      series: [{ type: "line", name: "no gradient", showSymbol: false, symbol: "none", z: 5, color: theme.paint("ink"), lineStyle: { width: 1.5, type: "dashed" }, data: found.zero_variance.map((value, i) => [found.step[i], value]) }, ...parts.map(([name, values, color]) => ({ type: "line", name, stack: "all", showSymbol: false, color: theme.color(color), lineStyle: { width: 0 }, areaStyle: { color: theme.color(color), opacity: 0.7 }, emphasis: { disabled: true }, data: values.map((value, i) => [found.step[i], value]) }))],
+      series: [{ type: "line", name: "no gradient", symbol: found.step.length === 1 ? "circle" : "none", z: 5, color: theme.paint("ink"), lineStyle: { width: 1.5, type: "dashed" }, data: found.zero_variance.map((value, i) => [found.step[i], value]) }, ...parts.map(([name, values, color]) => ({ type: "line", name, stack: "all", symbol: found.step.length === 1 ? "circle" : "none", color: theme.color(color), lineStyle: { width: 0 }, areaStyle: { color: theme.color(color), opacity: 0.7 }, emphasis: { disabled: true }, data: values.map((value, i) => [found.step[i], value]) }))],
     },
     { label: "Shares of groups in which all, some or no completions passed", numbers: () => [["step", ...parts.map(([name]) => name), "zero variance"], found.step.map((step, i) => [step, ...parts.map(([, values]) => values[i]), found.zero_variance[i]])] },
   );
 }
 
+function percent(share) {
+  return isNumber(share) ? `${formatNumber(100 * share, 3)} %` : "–";
+}
+
 function showPrompts(list, found) {
-  const states = [["", `all ${found.total}`], ["solved", `solved, ${found.solved}`], ["partly", `in part, ${found.partly}`], ["never", `never, ${found.never}`]];
+  const states = [["", `all ${found.total}`], ["solved", `solved, ${found.solved}`], ["partly", `in part, ${found.partly}`], ["never", `never, ${found.never}`], ...(found.unscored ? [["unscored", `never scored, ${found.unscored}`]] : [])];
   const again = () => showPrompts(list, found);
   const tools = h(
     "div",
@@ -49,15 +54,18 @@ function showPrompts(list, found) {
     h("label", {}, "containing", h("input", { type: "search", value: promptWish.find, onchange: (event) => ((promptWish.find = event.target.value), again()) })),
   );
   const wanted = found.prompts.filter((one) => (!promptWish.state || one.state === promptWish.state) && one.text.toLowerCase().includes(promptWish.find.toLowerCase()));
-  const rows = wanted.map((one) => [h("span", { class: "text" }, visible(one.text)), one.state, one.seen, `${formatNumber((100 * one.passed) / one.scored, 3)} %`, `${formatNumber(100 * one.points[0][1], 3)} %`, `${formatNumber(100 * one.points.at(-1)[1], 3)} %`, spark(one.points)]);
+  const rows = wanted.map((one) => [h("span", { class: "text" }, visible(one.text)), one.state, one.seen, percent(one.passed / one.scored), percent(one.points[0]?.[1]), percent(one.points.at(-1)?.[1]), spark(one.points)]);
   const omitted = found.omitted > 0 ? h("p", { class: "note" }, `${found.omitted} more prompts are not listed.`) : "";
-  list.replaceChildren(
+  const scrolled = list.querySelector(".scroll")?.scrollTop || 0;
+  renew(
+    list,
     h("header", {}, h("h3", {}, `Pass rate of ${found.total} prompts`)),
     h("p", { class: "note" }, "Solved: all completions passed when it was seen last. Never: none has passed yet."),
     tools,
     table(["prompt", "state", "rollouts", "passed in all", "at first", "at last", "over the training"], rows),
     omitted,
   );
+  list.querySelector(".scroll").scrollTop = scrolled;
 }
 
 // A small picture of pass rates: [[step, rate]].
@@ -65,6 +73,7 @@ function spark(points) {
   const [width, height] = [120, 26];
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   for (const [name, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `pass rates ${points.map(([, rate]) => formatNumber(rate, 2)).join(", ")}` })) svg.setAttribute(name, value);
+  if (!points.length) return svg;
   const [first, last] = [points[0][0], points.at(-1)[0]];
   const place = ([step, rate]) => [2 + ((step - first) / (last - first || 1)) * (width - 4), height - 3 - rate * (height - 6)];
   const path = document.createElementNS(svg.namespaceURI, "polyline");

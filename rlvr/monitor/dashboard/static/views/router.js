@@ -16,9 +16,9 @@ const routerView = {
       new LineCard(root, "Losses of the routers", [{ unit: "1", lines: lines(["router/aux_loss", "auxiliary"], ["router/z", "z"]) }]),
       new LineCard(root, "Routes taken by the rollout's policy and now", [{ unit: "fraction", linear: true, lines: lines(["router/drift", "total variation"]) }]),
     ];
-    const entropy = new Card(root, "Entropy by layer", { wide: true, height: 340 });
-    const load = new Card(root, "Load by layer and expert, at the last step", { wide: true, height: 340, note: "In even shares of a layer's tokens: 1 is even." });
-    const position = new Card(root, "Entropy by position in the text, at the last step");
+    const entropy = new Card(root, "Entropy by layer", { wide: true, height: 340, info: ["router/entropy"] });
+    const load = new Card(root, "Load by layer and expert, at the last step", { wide: true, height: 340, info: ["router/load_max"], note: "In even shares of a layer's tokens: 1 is even." });
+    const position = new Card(root, "Entropy by position in the text, at the last step", { info: ["router/entropy"] });
     return async () => {
       const run = context.focus;
       const found = await lineCards(cards)(context, [run]);
@@ -29,7 +29,7 @@ const routerView = {
       position.element.hidden = !routers.position?.position_edges;
       if (!layers.length) return;
       drawLayers(entropy, routers.step, layers, routers.entropy);
-      drawLoad(load, layers, routers.load.at(-1));
+      drawLoad(load, layers, routers.load_last || routers.load.at(-1));
       if (routers.position?.position_edges) drawRouterPosition(position, routers.position);
     };
   },
@@ -69,6 +69,6 @@ function drawRouterPosition(card, { position_edges: edges, position_entropy: ent
       yAxis: axis("entropy"),
       series: [{ type: "line", data: entropy, color: theme.color(0), lineStyle: { width: 2 } }],
     },
-    { label: card.title },
+    { label: card.title, numbers: () => [["position", "entropy"], binRanges(edges).map((range, i) => [range, entropy[i]])] },
   );
 }

@@ -17,7 +17,8 @@ const runView = {
       const other = others.find((one) => one.id === runWish.other) || null;
       const [mine, theirs] = await Promise.all([source.of(run, "run"), other ? source.of(other, "run") : null]);
       about.replaceChildren(...aboutRun(run, mine));
-      settings.replaceChildren(...settingsOf(mine, theirs, others, other, () => inTurn(draw)));
+      if (refreshing && settings.contains(document.activeElement)) return; // somebody is typing
+      renew(settings, ...settingsOf(mine, theirs, others, other, () => inTurn(draw)));
     };
     return draw;
   },
@@ -52,8 +53,8 @@ function flat(value, prefix = "") {
 }
 
 function settingsOf(mine, theirs, others, other, again) {
-  const own = new Map(flat(mine.config || {}));
-  const foreign = new Map(theirs ? flat(theirs.config || {}) : []);
+  const own = new Map(flat(mine.settings || {}));
+  const foreign = new Map(theirs ? flat(theirs.settings || {}) : []);
   const keys = [...new Set([...own.keys(), ...foreign.keys()])].sort();
   const differing = keys.filter((key) => theirs && own.get(key) !== foreign.get(key));
   const isSet = (key) => [own.get(key), foreign.get(key)].some((value) => value !== undefined && value !== "null");

@@ -15,7 +15,6 @@ const SHADES = {
   value: { label: "critic's value", unit: "reward", sign: true, of: (row, i) => row.values?.[i] },
 };
 const NUMBERS = ["entropy", "logps", "old_logps", "rollout_logps", "advantages", "weight", "drift", "covariance", "predicted", "values"];
-const FORKING = 0.2; // share of the tokens with most entropy, as in Wang et al. 2025
 const AT_FIRST = 6; // completions of a side
 
 const tokenWish = { shade: "entropy", control: "", forks: false, prompt: "", low: "", high: "", steps: new Map() };
@@ -28,6 +27,7 @@ const tokensView = {
     const tools = h("section", { class: "card wide" });
     const sides = h("div", { class: "sides" });
     root.append(tools, sides);
+    let offered = 0; // steps in the menus
     const draw = async () => {
       const run = context.focus;
       const { steps } = await source.of(run, "tokens");
@@ -35,17 +35,20 @@ const tokensView = {
         tools.replaceChildren(h("p", { class: "empty" }, "No tokens were recorded. Set record_sequences to keep a few completions of each rollout."));
         return sides.replaceChildren();
       }
-      const wished = tokenWish.steps.get(run.id) || [steps[0], steps.at(-1)];
+      const wished = tokenWish.steps.get(run.id) || [steps[0], steps.length > 1 ? steps.at(-1) : null];
       const chosen = wished.map((step) => (step === null || steps.includes(step) ? step : steps.at(-1)));
       const shown = chosen.filter((step) => step !== null);
       const answers = await Promise.all(shown.map((step) => Promise.all([source.of(run, "tokens", { step }), source.of(run, "forks", { step })])));
       const rows = answers.flatMap(([one]) => one.rows);
-      tools.replaceChildren(tokenTools(run, steps, chosen, rows, () => inTurn(draw)));
+      renew(tools, tokenTools(run, steps, chosen, rows, () => inTurn(draw)));
+      offered = steps.length;
       const scale = scaleOf(rows);
       sides.replaceChildren(...answers.map(([one, forks]) => tokenSide(one, forks, scale)));
     };
     return async () => {
-      if (refreshing && sides.childElementCount) return; // somebody reads; a new step does not change this one
+      // Somebody reads: a new step changes the menus alone.
+      const { steps } = await source.of(context.focus, "tokens");
+      if (refreshing && sides.childElementCount && (steps.length === offered || tools.contains(document.activeElement))) return;
       await draw();
     };
   },
@@ -97,22 +100,22 @@ function scaleOf(rows) {
 }
 
 function shadeColor(share) {
-  const strength = Math.round(70 * Math.min(1, Math.abs(share)));
+  const strength = Math.round((theme.name === "dark" ? 48 : 70) * Math.min(1, Math.abs(share))); // text stays readable
   return `color-mix(in srgb, ${share < 0 ? "#0072B2" : "#E69F00"} ${strength}%, transparent)`;
 }
 
-function tokenSide({ step, rows }, forks, scale) {
+function tokenSide({ step, rows, recorded }, forks, scale) {
   const [low, high] = [tokenWish.low, tokenWish.high].map((text) => (text === "" ? null : Number(text)));
   const words = tokenWish.prompt.toLowerCase();
   const wanted = rows.filter((row) => (low === null || row.reward >= low) && (high === null || row.reward <= high) && (!words || (row.prompt || "").toLowerCase().includes(words)));
   const sorted = wanted.toSorted((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity));
-  const articles = sorted.slice(0, AT_FIRST).map((row) => completion(row, scale));
+  const articles = sorted.slice(0, AT_FIRST).map((row) => completion(row, scale, forks.threshold));
   const rest = sorted.slice(AT_FIRST);
-  const more = rest.length ? h("button", { type: "button", onclick: () => more.replaceWith(...rest.map((row) => completion(row, scale))) }, `${rest.length} more`) : null;
+  const more = rest.length ? h("button", { type: "button", onclick: () => more.replaceWith(...rest.map((row) => completion(row, scale, forks.threshold))) }, `${rest.length} more`) : null;
   return h(
     "section",
     { class: "card" },
-    h("header", {}, h("h3", {}, `Step ${step}`), h("span", { class: "note" }, `${wanted.length} of ${rows.length} recorded completions`)),
+    h("header", {}, h("h3", {}, `Step ${step}`), h("span", { class: "note" }, `${wanted.length} of ${recorded ?? rows.length} recorded completions`)),
     forkTable(forks.tokens),
     wanted.length ? articles : h("p", { class: "empty" }, "No completion passes the filter."),
     more,
@@ -125,15 +128,16 @@ function forkTable(tokens) {
   return h("details", { class: "fold" }, h("summary", {}, "forking tokens of this step"), table(["token", "times seen", "mean entropy, nats", "among the top 20 %"], rows));
 }
 
-// Signs that reorder the text around them, or show nothing at all, are made visible.
+// Signs that reorder the text around them, or show nothing at all, are made visible; joiners, which scripts and emoji
+// need, are left.
 function visible(text) {
-  return (text ?? "").replace(/[\u0000\u202a-\u202e\u2066-\u2069]/g, "\ufffd").replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
+  return (text ?? "").replace(/(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}]/gu, "\ufffd").replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
 }
 
-function completion(row, scale) {
+function completion(row, scale, threshold) {
   const { of } = SHADES[tokenWish.shade];
-  const entropies = (row.entropy || []).filter(isNumber).toSorted((a, b) => b - a);
-  const fork = tokenWish.forks && entropies.length ? entropies[Math.max(0, Math.ceil(FORKING * entropies.length) - 1)] : Infinity;
+  const entropies = (row.entropy || []).filter(isNumber);
+  const fork = tokenWish.forks ? threshold ?? Infinity : Infinity;
   const touched = row.controls?.[tokenWish.control];
   const spans = row.tokens.map((token, i) => {
     const value = of(row, i);
@@ -146,7 +150,7 @@ function completion(row, scale) {
   const text = h("div", { class: "text", tabindex: 0, role: "group", "aria-label": `completion ${row.sequence}` }, spans);
   if (row.omitted) text.append(h("span", { class: "note" }, ` … and ${row.omitted} more tokens`));
   followTokens(text, spans, row, said);
-  return h("article", {}, h("p", { class: "facts note" }, facts.join(" · ")), h("details", { class: "fold" }, h("summary", {}, `prompt ${row.prompt_index ?? ""}`), h("div", { class: "text" }, visible(row.prompt))), text, said);
+  return h("article", {}, h("p", { class: "facts note" }, facts.join(" · ")), h("details", { class: "fold" }, h("summary", {}, `prompt ${row.prompt_index ?? ""}`), h("div", { class: "text" }, visible(row.prompt))), text, said, h("details", { class: "fold" }, h("summary", {}, "as one text"), h("div", { class: "text" }, visible(row.completion))));
 }
 
 // Numbers of the token under the pointer, or of the one to which the arrow keys have moved.
