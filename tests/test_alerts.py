@@ -234,7 +234,7 @@ def test_webhook_is_taken_from_the_environment_where_it_is_not_set(
 def test_webhook_on_a_command_line_that_wandb_stores_is_refused(flag: list[str], tmp_path: Path) -> None:
     own = ["--task", "chain_sum", "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "--report_to"]
     with pytest.raises(ConfigError, match="RLVR_ALERT_WEBHOOK, or alert_webhook in the YAML") as raised:
-        parse_arguments(GRPOConfig, [*own, "tensorboard", "wandb", *flag])
+        parse_arguments(GRPOConfig, [*own, "wandb", *flag])
     assert "\n" not in str(raised.value) and "s3cr3t" not in str(raised.value)
     assert parse_arguments(GRPOConfig, [*own, "none", *flag])[1].alert_webhook == SECRET
     (tmp_path / "recipe.yaml").write_text(f"alert_webhook: {SECRET}\n")
