@@ -1,4 +1,4 @@
-"""The project's docstrings as Markdown: `name: meaning.   other: meaning.` become a list, Raises, Ref and the like labels.
+"""The project's docstrings as Markdown: `name: meaning.   other: meaning.` become a list, Raises and Ref labels.
 
 Also what needs a class's source without importing it: its options and their defaults.
 """
@@ -16,7 +16,9 @@ except ImportError:  # the options of a class need no griffe
 LABELS = ("Raises", "Returns", "Metrics", "Ref", "Differs")
 LABEL = re.compile(rf"(?<![\w.])({'|'.join(LABELS)}): ")
 OPTION = re.compile(r"([a-z]\w*(?:, [a-z]\w*)*): (.*)", re.DOTALL)
-COMMON = {"scope": "rollout: statistics of the whole rollout over all processes; micro\\_batch: as published code does"}
+COMMON = {
+    "scope": "rollout: statistics of the whole rollout over all processes; micro\\_batch: as published code does"
+}
 AWAY = str.maketrans({"<": "&lt;", ">": "&gt;", "*": r"\*", "_": r"\_", "[": r"\[", "]": r"\]", "|": r"\|"})
 
 
@@ -56,9 +58,19 @@ def options(root: Path, path: str) -> list[tuple[str, str, str]]:
     meanings = _meanings(ast.get_docstring(node) or "")
     found = []
     for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and "ClassVar" not in ast.unparse(item.annotation):
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and "ClassVar" not in ast.unparse(item.annotation)
+        ):
             default = "" if item.value is None else ast.unparse(item.value)
-            found.append((item.target.id, default or "–", meanings.get(item.target.id, COMMON.get(item.target.id, "see the reference"))))
+            found.append(
+                (
+                    item.target.id,
+                    default or "–",
+                    meanings.get(item.target.id, COMMON.get(item.target.id, "see the reference")),
+                )
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""What MkDocs is told beside docs/: the root's documents and the recipes as pages, the methods' pages, links between all.
+"""What MkDocs is told beside docs/: the root's documents, recipes, the methods' pages, and links between all.
 
 The files of docs/ and the root link to each other as they lie in the repository, so that a code host shows them, too;
 here each link is turned to where its target lies in the site.

@@ -108,12 +108,16 @@ def launch_line(recipe: str) -> str:
     script = re.search(r"recipes/(?:ppo|mole_sft)\.py", text)
     launch = re.search(r"recipes/accelerate/\w+\.yaml", text)
     config = launch[0] if launch else "recipes/accelerate/one_gpu.yaml"
-    return f"accelerate launch --config_file {config} {script[0] if script else 'recipes/grpo.py'} --config recipes/{recipe}.yaml"
+    started = script[0] if script else "recipes/grpo.py"
+    return f"accelerate launch --config_file {config} {started} --config recipes/{recipe}.yaml"
 
 
 def page(method: Method) -> str:
     """The Markdown of one method."""
-    parts = [f"# {method.name}", f"{method.does[0].upper()}{method.does[1:]}. Setting: {method.setting}.".replace("(docs/", "(../")]
+    parts = [
+        f"# {method.name}",
+        f"{method.does[0].upper()}{method.does[1:]}. Setting: {method.setting}.".replace("(docs/", "(../"),
+    ]
     parts += [f"Paper: {paper_of(method)}.", f"**When.** {method.when}"]
     parts += ["## Formula", f"```text\n{method.formula}\n```"]
     knobs = [row for path in method.classes for row in _knobs(path)]
@@ -123,8 +127,12 @@ def page(method: Method) -> str:
     if method.classes:
         parts.append("Reference: " + ", ".join(f"[`{path}`][{path}]" for path in method.classes) + ".")
     parts += ["## Recipe", _recipe(method.recipe)]
-    cost = f" Its arithmetic takes {method.cost} µs a token on a CPU (LOG.md, \"what does each control's arithmetic cost?\")."
-    parts += ["## Measured here", (method.measured + (cost if method.cost else "")).replace("LOG.md", "[LOG.md](../../LOG.md)", 1)]
+    said = "what does each control's arithmetic cost?"
+    cost = f' Its arithmetic takes {method.cost} µs a token on a CPU (LOG.md, "{said}").'
+    parts += [
+        "## Measured here",
+        (method.measured + (cost if method.cost else "")).replace("LOG.md", "[LOG.md](../../LOG.md)", 1),
+    ]
     if method.section:
         parts += ["## The paper's setting and numbers", section(method.section)]
     else:
@@ -134,13 +142,19 @@ def page(method: Method) -> str:
 
 def index() -> str:
     """The Markdown of the table of all methods."""
-    lines = ["# Methods", "One page each, made of the same data as the tables of [README](../../README.md) and [PAPERS](../../PAPERS.md).", ""]
+    lines = [
+        "# Methods",
+        "One page each, made of the data of the tables of [README](../../README.md) and [PAPERS](../../PAPERS.md).",
+        "",
+    ]
     group = ""
     for method in read_methods():
         if method.group != group:
             group = method.group
             lines += ["", f"## {_title(group)}", "", "| method | what it does | setting |", "|---|---|---|"]
-        lines.append(f"| [{method.name}]({method.slug}.md) | {method.does} | {method.setting} |".replace("(docs/", "(../"))
+        lines.append(
+            f"| [{method.name}]({method.slug}.md) | {method.does} | {method.setting} |".replace("(docs/", "(../")
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -164,7 +178,9 @@ def _title(group: str) -> str:
 def _recipe(name: str) -> str:
     if not name:
         return "None of its own: add the setting above to any recipe."
-    return f"```bash\n{launch_line(name)}\n```\n\n```yaml title=\"recipes/{name}.yaml\"\n--8<-- \"recipes/{name}.yaml\"\n```"
+    return (
+        f'```bash\n{launch_line(name)}\n```\n\n```yaml title="recipes/{name}.yaml"\n--8<-- "recipes/{name}.yaml"\n```'
+    )
 
 
 def _knobs(path: str) -> list[str]:
