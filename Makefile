@@ -37,7 +37,7 @@ bench: $(STAMP) ## where the time of one training step goes
 	$(PYTHON_BIN) scripts/bench_step.py $(ARGS)
 
 $(DOCS_STAMP): $(STAMP) pyproject.toml requirements/constraints.txt
-	$(PYTHON_BIN) -m pip install -qq --disable-pip-version-check -c requirements/constraints.txt -e '.[docs]'
+	$(PYTHON_BIN) -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c requirements/constraints.txt -e '.[docs]'
 	@touch $@
 
 docs: $(DOCS_STAMP) ## the documentation as a site, in site/ (open site/index.html); warnings are errors

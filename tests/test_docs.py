@@ -19,6 +19,7 @@ import fake_verl
 import pytest
 import torch
 import yaml
+from browser import Browser, needs_browser
 from docs_cases import GENERATED, PAGES, RECORDS, ROOT, blocks, docstrings, name_of, text_of
 from test_recipes import eight_processes
 from trl import ModelConfig
@@ -173,24 +174,40 @@ def test_every_page_is_in_the_menu() -> None:
     assert all(str(page.relative_to(ROOT / "docs")) in menu for page in (ROOT / "docs").rglob("*.md"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed (make docs installs it)"
-)
-def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    )
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` does; skips where mkdocs is not installed."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (make docs installs it)")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0 and "WARNING" not in run.stderr, run.stderr[-3000:]
-    pages = list((tmp_path / "site").rglob("*.html"))
-    assert len(pages) > len(PAGES)
+    return folder
+
+
+@pytest.mark.slow
+def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(PAGES) + len(GENERATED)
     for page in pages:
         text = page.read_text()
-        assert not re.search(r"<(?:script|img|iframe)[^>]*\ssrc=[\"']?(?:https?:)?//", text), page
-        assert not re.search(r"<link[^>]*rel=[\"']?(?:stylesheet|preconnect)[^>]*href=[\"']?(?:https?:)?//", text), (
-            page
-        )
-        assert 'class="mermaid"' not in text, page  # which the theme would fetch a program for
-    for sheet in (tmp_path / "site").rglob("*.css"):
+        for tag in re.findall(r"<(?:script|img|iframe|link)\b[^>]*>", text):
+            loads = not tag.startswith("<link") or re.search(r"rel=[\"']?(?:stylesheet|preconnect|preload|icon)", tag)
+            assert not (loads and re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)), f"{page}: {tag}"
+        assert 'class="mermaid"' not in text, page  # for which the theme would fetch a program
+    for sheet in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text()), sheet
+
+
+@pytest.mark.slow
+@needs_browser
+def test_search_works_from_a_file_system(site: Path, browser: Browser) -> None:
+    browser.driver.get((site / "start.html").as_uri())
+    browser.until("return document.documentElement.classList.contains('js')")
+    browser.run("document.querySelector('#__search').click()")
+    browser.driver.find_element("css selector", ".md-search__input").send_keys("thermostat")
+    found = "return [...document.querySelectorAll('.md-search-result__link')].map((link) => link.href)"
+    browser.until(f"return ({found.replace('return ', '')}).length > 0")
+    assert any("methods/thermostat.html" in link for link in browser.run(found))
+    assert browser.complaints() == []
