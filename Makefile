@@ -1,12 +1,13 @@
 VENV := .venv
 PYTHON_BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # One thread: OpenMP teams of several processes fight over the cores, and results repeat. No network in tests.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format bench
+.PHONY: help install quickstart test check format bench docs
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,3 +35,10 @@ format: $(STAMP) ## rewrite the code the way `make check` wants it
 
 bench: $(STAMP) ## where the time of one training step goes
 	$(PYTHON_BIN) scripts/bench_step.py $(ARGS)
+
+$(DOCS_STAMP): $(STAMP) pyproject.toml requirements/constraints.txt
+	$(PYTHON_BIN) -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c requirements/constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP) ## the documentation as a site, in site/ (open site/index.html); warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_BIN) -m mkdocs build --strict

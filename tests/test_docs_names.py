@@ -1,0 +1,147 @@
+"""What the documentation names exists and is complete: metrics, views, methods, fields of TRL and verl, numbers."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from docs_cases import GENERATED, PAGES, ROOT, docstrings, methods, name_of, text_of
+from transformers import TrainingArguments
+from trl import GRPOConfig as StockConfig
+from trl import ModelConfig
+
+import rlvr
+from rlvr.alarm import KINDS
+from rlvr.controls import CONTROLS
+from rlvr.errors import ConfigError
+from rlvr.monitor.metrics import METRICS
+from rlvr.surrogates import SURROGATES
+from rlvr.tasks import TaskConfig
+
+
+@pytest.mark.parametrize("page", [*PAGES, *GENERATED], ids=name_of)
+def test_metrics_that_are_named_exist(page: Path) -> None:
+    areas = {name.partition("/")[0] for name in METRICS}
+    for area, name in re.findall(r"`([a-z_]+)/([a-z_0-9]+)`", text_of(page)):
+        if area in areas and name != "effect":
+            assert f"{area}/{name}" in METRICS, f"{name_of(page)}: {area}/{name}"
+
+
+def test_monitoring_has_every_view_and_every_alert() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text()
+    views = ROOT / "rlvr" / "monitor" / "dashboard" / "static" / "views"
+    titles = {re.search(r'^  title: "(\w+)",$', path.read_text(), re.MULTILINE)[1] for path in views.glob("*.js")}  # type: ignore[index]
+    assert titles == set(re.findall(r"^- \*\*(\w+)\.\*\*", text, re.MULTILINE))
+    assert set(KINDS) == set(re.findall(r"^\| `(\w+)` \|", text.partition("## Every alert")[2], re.MULTILINE))
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("document", methods.TABLES)
+def test_table_of_methods_is_that_of_the_data(document: str) -> None:
+    assert methods.standing(document) == methods.table(document), "run python scripts/docsite/methods.py"
+
+
+def test_every_control_and_surrogate_has_a_page() -> None:
+    named = {path.rpartition(".")[2] for method in methods.read_methods() for path in method.classes}
+    assert {cls.__name__ for cls in [*CONTROLS.values(), *SURROGATES.values()]} <= named
+
+
+@pytest.mark.parametrize("method", methods.read_methods(), ids=lambda method: method.slug)
+def test_method_is_documented_as_it_is(method: Any) -> None:
+    for path in method.classes:
+        module, _, name = path.rpartition(".")
+        real = getattr(importlib.import_module(module), name)
+        if isinstance(real, type):
+            shown = [option for option, _, _ in docstrings.options(ROOT, path)]
+            names = {f.name for f in fields(real)}
+            assert set(shown) <= names and bool(shown) is bool(names)
+    assert method.section or method.slug in {"dual_clip", "entropy_bonus", "loramoe"}
+
+
+def numbers(text: str) -> set[str]:
+    """Measured numbers as they are written, such as .740 or 4.67; not those of settings and sentences."""
+    return set(re.findall(r"(?<![\w.])\d*\.\d\d+(?![\w.]*\w)", text))
+
+
+def test_measured_numbers_are_in_the_log() -> None:
+    log = numbers((ROOT / "LOG.md").read_text())
+    for method in methods.read_methods():
+        assert numbers(method.measured) <= log, method.name
+    concepts = (ROOT / "docs" / "concepts.md").read_text()
+    measured = concepts.partition("What was measured here of them")[2].partition("## ")[0]
+    assert len(numbers(measured)) > 20 and numbers(measured) <= log
+
+
+# ------------------------------------------------------------------------------------------------ coming from others
+
+
+def codes(text: str) -> set[str]:
+    return set(re.findall(r"`(\w+)(?:: [^`]*)?`", text))
+
+
+def test_from_trl_names_every_field_of_both() -> None:
+    text = (ROOT / "docs" / "from-trl.md").read_text()
+    stock, ours = ({f.name for f in fields(of)} for of in (StockConfig, rlvr.GRPOConfig))
+    general = {f.name for f in fields(TrainingArguments)}
+    named = codes(text)
+    assert stock - general <= named, sorted(stock - general - named)
+    assert ours - stock <= named, sorted(ours - stock - named)
+    assert {f.name for f in fields(rlvr.PPOConfig)} - ours <= named
+    for block in re.findall(r"^\| (`.*?`) \| ", text, re.MULTILINE):
+        assert codes(block) <= stock | ours, block
+    passed = text.partition("## Same name, same meaning")[2].partition("Of these")[0]
+    assert codes(passed) <= stock
+    for name in codes(passed):
+        ours_default, theirs = (
+            next(f for f in fields(of) if f.name == name).default for of in (rlvr.GRPOConfig, StockConfig)
+        )
+        assert ours_default == theirs, name
+
+
+REFUSED = {
+    "entropy_coef": 0.01,
+    "use_adaptive_entropy": True,
+    "top_entropy_quantile": 0.2,
+    "off_policy_mask_threshold": 0.5,
+    "use_liger_kernel": True,
+    "restore_callback_states_from_checkpoint": True,
+}
+
+
+def test_from_trl_refusals_are_those_of_the_code(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "from-trl.md").read_text().partition("## Refused")[2].partition("Fields that belong")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == REFUSED.keys()
+    for name, value in REFUSED.items():
+        with pytest.raises(ConfigError, match=name):
+            rlvr.GRPOConfig(output_dir=str(tmp_path), report_to="none", **{name: value})
+
+
+def test_from_verl_names_settings_of_both() -> None:
+    text = (ROOT / "docs" / "from-verl.md").read_text()
+    settings = set((ROOT / "tests" / "data" / "verl-0.9.1-settings.txt").read_text().split())
+    named = set(re.findall(r"`((?:data|actor_rollout_ref|algorithm|trainer|critic|reward)\.[\w.]+)", text))
+    sections = {"actor_rollout_ref.actor.policy_loss.loss_mode"}
+    assert named - sections <= settings, sorted(named - settings)
+    if spec := importlib.util.find_spec("verl"):
+        config = Path(str(spec.origin)).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml"
+        assert settings <= set(leaves(yaml.safe_load(config.read_text())))
+    ours = {f.name for of in (rlvr.GRPOConfig, rlvr.PPOConfig, TaskConfig, ModelConfig) for f in fields(of)}
+    options = {f.name for of in [*CONTROLS.values(), *SURROGATES.values()] for f in fields(of)}
+    rows = re.findall(r"^\| .*?`.*? \| (.*?) \|", text, re.MULTILINE)
+    words = {word for row in rows for word in codes(row)} - {"rlvr_kernels"}
+    assert words <= ours | options | CONTROLS.keys() | SURROGATES.keys(), sorted(words - ours - options)
+
+
+def leaves(tree: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
