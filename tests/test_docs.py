@@ -34,8 +34,6 @@ from rlvr.tasks import TaskConfig
 IMPORTS_ONLY = {("docs/reliability.md", 0): "a skipped batch", ("docs/security.md", 1): "bubblewrap"}
 # Pages whose blocks go on from one another, and speak of a model, rows or tensors that the reader has.
 GIVEN = {"docs/kernels.md", "docs/mole.md", "docs/ppo.md", "docs/security.md"}
-# Pictures that documents name and that are not in the repository.
-NO_PICTURE = {ROOT / "docs" / "dashboard-overview.png", ROOT / "docs" / "dashboard-law.png"}
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
@@ -141,7 +139,7 @@ def test_data_blocks_are_read(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, *RECORDS, *GENERATED], ids=name_of)
 def test_links_resolve(page: Path) -> None:
     for target, anchor in docs_cases.links(page):
-        assert target.exists() or target in GENERATED or target in NO_PICTURE, f"{name_of(page)}: no {target}"
+        assert target.exists() or target in GENERATED, f"{name_of(page)}: no {target}"
         if anchor:
             assert anchor in docs_cases.anchors(target), f"{name_of(page)}: no #{anchor} in {name_of(target)}"
 

@@ -39,7 +39,7 @@ class AlertFields:
         repr=False,
         metadata={
             "help": "An http or https address to which alerts, and the failure of a run, are sent as JSON that Slack "
-            f"and Discord show. Default: the environment variable {WEBHOOK}, if it is set.%(default).0s"
+            "and Discord show. Default: the environment variable RLVR_ALERT_WEBHOOK, if it is set.%(default).0s"
         },
     )
 

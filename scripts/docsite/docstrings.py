@@ -85,7 +85,7 @@ def fields(root: Path, path: str) -> str:
         given = {word.arg: word.value for word in item.value.keywords}
         if "metadata" not in given:
             continue
-        said = ast.literal_eval(given["metadata"])["help"]
+        said = ast.literal_eval(given["metadata"])["help"].replace("%(default).0s", "")
         default = ast.unparse(given["default"]) if "default" in given else ast.unparse(given["default_factory"])
         rows.append(f"| `{ast.unparse(item.target)}` | `{default}` | {said.translate(AWAY)} |")
     return "\n".join(rows)
