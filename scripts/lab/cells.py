@@ -46,5 +46,7 @@ def stated(one: Interval, sign: bool = False) -> str:
 
 
 def compared(one: Compared) -> tuple[str, str]:
-    """Value, and difference to GRPO with a star where its interval excludes 0."""
+    """Value, and difference to GRPO with a star where its interval excludes 0; nothing for GRPO itself."""
+    if one.difference.mean == one.difference.half == 0:
+        return stated(one.value), ""
     return stated(one.value), stated(one.difference, sign=True) + (" *" if one.difference.sign else "")
