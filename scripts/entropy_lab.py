@@ -3,6 +3,7 @@
     make lab                                    the whole suite, resumable, about 55 minutes on two cores
     make lab ARGS=--quick                       fewer methods, seeds and rollouts: within five minutes
     make lab ARGS=--page                        the page again, from the records alone
+    make lab ARGS="--read DIR"                  the page of other runs, DIR/METHOD-seedN (docs/lab.md)
     make lab ARGS="--methods grpo ppo ppo-no-groups --seeds 0 1 2"     other comparisons
 
 Runs are kept in runs/lab/runs; one that was interrupted starts again. The page is runs/lab/report.html, its numbers
@@ -29,6 +30,10 @@ from lab.methods import ALL
 from rlvr.errors import ConfigError
 
 OUT = Path("runs/lab")
+SETTING = (
+    "Countdown with three numbers, a Llama of 342,816 parameters, learning rate 1e-4. The base model was selected for "
+    "what it shows: bases with less supervised training gave RL little to sharpen."
+)
 
 
 def main() -> None:
@@ -37,7 +42,7 @@ def main() -> None:
     from lab.page import write_page
     from lab.plan import FULL, QUICK, plan, seconds
     from lab.pool import conduct
-    from lab.records import load_records, read_record, write_records
+    from lab.records import load_records, read_others, read_record, write_records
     from lab.runs import finished
 
     size, out = (QUICK, OUT / "quick") if arguments.quick else (FULL, OUT)
@@ -51,13 +56,20 @@ def main() -> None:
     if arguments.page:
         if not kept.exists():
             raise ConfigError(f"{kept} is not there: make the runs first, without --page")
-        print(write_page(load_records(kept), {"records": str(kept)}, (), out))
+        print(write_page(load_records(kept), {"records": str(kept), "setting": SETTING}, (), out))
+        return
+    if arguments.read:
+        records = read_others(arguments.read)
+        if not records:
+            raise ConfigError(f"--read {arguments.read}: holds no finished run in a directory METHOD-seedN")
+        print(write_page(records, {"runs": f"{len(records)} of {arguments.read}"}, (), arguments.read))
         return
     started = time.monotonic()
     failed = conduct(runs, arguments.jobs)
     records = [read_record(run) for run in runs if finished(run)]
     write_records(records, kept)
     about = {
+        "setting": SETTING,
         "runs": f"{len(records)} of {len(runs)}, {len(size.seeds)} seeds",
         "a run": f"{size.rollouts} rollouts of 32 prompts x 8 completions, 4 updates each",
         "held out": f"256 problems x {size.samples} samples",
@@ -80,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four methods, three seeds, 40 rollouts")
     parser.add_argument("--page", action="store_true", help="write the page from the records that are there")
+    parser.add_argument("--read", type=Path, metavar="DIR", help="write the page of the runs in DIR/METHOD-seedN")
     parser.add_argument("--methods", nargs="+", choices=list(ALL), metavar="NAME", help=f"of {', '.join(ALL)}")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--jobs", type=int, default=_cores(), help="processes at once; default: one per core")

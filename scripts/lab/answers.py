@@ -84,7 +84,7 @@ def spending_section(plain: BySeed) -> Section:
     )  # fmt: skip
 
 
-def comparison_section(rows: Sequence[Row], titles: Mapping[str, str]) -> Section:
+def comparison_section(rows: Sequence[Row], prompts: int, titles: Mapping[str, str]) -> Section:
     ks = [k for k in PASSES if all(k in row.pass_at for row in rows)]
     head = ["method", "seeds", "H at the end", "less GRPO"]
     for k in ks:
@@ -111,8 +111,8 @@ def comparison_section(rows: Sequence[Row], titles: Mapping[str, str]) -> Sectio
         tables=(
             Table(tuple(head), tuple(table), (
                 "± is half of the 95 % interval over seeds (Student's t). Differences are paired: the same seed draws"
-                " the same problems. * : the interval excludes 0. All runs are asked the same 256 held-out problems, "
-                "so the intervals are for these problems.",)),
+                " the same problems. * : the interval excludes 0. All runs are asked the same held-out problems, "
+                f"{prompts} of them, so the intervals are for these.",)),
             Table(
                 ("method", "s per rollout", "reward, equal samples", "less GRPO", "rollouts at equal compute",
                  "reward, equal compute", "less GRPO", "tokens touched"),

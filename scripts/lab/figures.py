@@ -13,7 +13,12 @@ from .methods import BAND
 from .questions import REFERENCE, BySeed, Compared, Estimator, Row, Spending, pareto, shortest, window_means
 from .scatter import SCATTER, Setting
 
-TOP = 0.9  # nats, where entropy ends on a picture: a policy that explodes goes up to log 108
+MOST = 1.0  # nats: more than that has one color
+
+
+def top(plain: BySeed) -> float:
+    """Nats, where entropy ends on a picture: a policy that explodes goes up to the log of the vocabulary."""
+    return 1.7 * max(record.entropy[0] for record in plain.values())
 
 
 def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Draw:
@@ -21,7 +26,8 @@ def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
 
     def draw(figure: Any, theme: Theme) -> None:
         axes = figure.subplots()
-        axes.axhspan(*BAND, color=theme.grid, alpha=0.5, label="thermostat's band")
+        if "thermostat" in methods:
+            axes.axhspan(*BAND, color=theme.grid, alpha=0.5, label="thermostat's band")
         for number, (name, runs) in enumerate(methods.items()):
             length = shortest(runs)
             entropy = np.array([record.entropy[:length] for record in runs.values()])
@@ -37,7 +43,7 @@ def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
                     alpha=0.2,
                     linewidth=0,
                 )
-        axes.set(xlabel="rollout (4 updates each)", ylabel="entropy (nats)", ylim=(0, TOP))
+        axes.set(xlabel="rollout (4 updates each)", ylabel="entropy (nats)", ylim=(0, top(methods[REFERENCE])))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     return draw
@@ -189,7 +195,7 @@ def knobs(found: Mapping[str, Sequence[Setting]], titles: Mapping[str, str], fie
             axes.set_xticks(range(3), ["low", "middle", "high"])
             axes.set(ylabel="entropy (nats)" if what == "entropy" else "reward", xlabel="value of the knob")
             if what == "entropy":
-                axes.set_ylim(0, TOP)
+                axes.set_ylim(0, min(axes.get_ylim()[1], 1.0))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     return draw
@@ -218,7 +224,7 @@ def pareto_plot(rows: Sequence[Row], titles: Mapping[str, str], k: str = "16") -
             s=42,
             zorder=3,
             cmap="viridis",
-            c=[min(row.entropy.value.mean, TOP) for row in shown],
+            c=[min(row.entropy.value.mean, MOST) for row in shown],
             edgecolors=[theme.ink if row.name in on_front else "none" for row in shown],
         )
         for row, a, b in zip(shown, x, y, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from . import figures
 from .cells import Section, Table, compared, number, signed, stated
 from .claims import CLAIMS
-from .methods import ALL, METHODS, Method
+from .methods import ALL, METHODS, Method, Settings
 from .questions import REFERENCE, BySeed, Row, estimators, pareto
 from .records import Record
 from .scatter import SCATTER, lengths, sensitivity
@@ -104,13 +104,15 @@ def pareto_section(rows: Sequence[Row], titles: Mapping[str, str]) -> Section:
     )
 
 
-def recommendation_section(rows: Sequence[Row], plain: BySeed, titles: Mapping[str, str]) -> Section:
+def recommendation_section(rows: Sequence[Row], methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Section:
+    plain = methods[REFERENCE]
+    used = {name: next(iter(runs.values())).settings for name, runs in methods.items()}
     base = sum(record.reward[0] for record in plain.values()) / len(plain)
     found = verdicts(rows, base)
     made, chance = by_chance(found)
     table = tuple(
         (titles[one.name], one.overall, ", ".join(one.good_for) or "nothing shown", "; ".join(one.effects),
-         *_settings(ALL[one.name]))
+         *_settings(ALL[one.name], used[one.name]))
         for one in found
     )  # fmt: skip
     goals = tuple(
@@ -127,11 +129,11 @@ def recommendation_section(rows: Sequence[Row], plain: BySeed, titles: Mapping[s
                    "the papers' setting and claim, at their scale"), table),
         ),
         notes=(*RULES, f"{made} comparisons were made; about {chance:.1f} of them exclude 0 by chance alone.",
-               "The scale is a model of 343,000 parameters and one task: nothing here is said of larger models."),
+               "Nothing here is said of other models, other tasks or longer runs than those at the top of this page."),
     )  # fmt: skip
 
 
-def _settings(method: Method) -> tuple[str, str, str]:
+def _settings(method: Method, used: Settings) -> tuple[str, str, str]:
     recipe = f"recipes/{method.recipe}: " if method.recipe else ""
     claim = f"{recipe}{method.claim} ({method.source})" if method.claim else method.source
-    return json.dumps(method.settings), method.scaled or "no", claim
+    return json.dumps(used), method.scaled or "no", claim

@@ -38,7 +38,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
         collapse_section(plain, methods, titles),
         law_section(plain, methods, titles),
         spending_section(plain),
-        comparison_section(rows, titles),
+        comparison_section(rows, max(record.prompts for record in plain.values()), titles),
     ]
     if watched := select(records, "probe").get(REFERENCE):
         found.append(estimators_section(watched))
@@ -48,7 +48,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     if any(record.part == "knob" for record in records):
         found.append(sensitivity_section(records, titles))
     if len(rows) > 1:
-        found += [pareto_section(rows, titles), recommendation_section(rows, plain, titles)]
+        found += [pareto_section(rows, titles), recommendation_section(rows, methods, titles)]
     return found
 
 

@@ -8,11 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from rlvr.monitor.metrics import TOUCHED
-from rlvr.monitor.records import read_evals, read_steps, rollout_points, series
+from rlvr.monitor.records import read_evals, read_run, read_steps, rollout_points, series
 from rlvr.theory import ESTIMATORS
 
-from .runs import HELD_OUT_PROMPTS, UPDATES, LabRun
+from .methods import ALL
+from .runs import HELD_OUT_PROMPTS, LabRun
 
+METHOD_FIELDS = ("surrogate", "controls", "thermostat")  # of a recipe
 AGREEMENTS = ("correlation", "r2", "slope")
 
 
@@ -49,11 +51,31 @@ class Record:
     agreement: Mapping[str, Mapping[str, Sequence[float]]]
 
 
-def read_record(run: LabRun, updates: int = UPDATES) -> Record:
-    """Read out a run with `updates` optimizer steps per rollout."""
-    steps = read_steps(run.path)
+def read_record(run: LabRun) -> Record:
+    """Read out a run of the laboratory."""
+    return record_of(run, run.path, run.samples and HELD_OUT_PROMPTS)
+
+
+def read_others(folder: Path) -> list[Record]:
+    """Finished runs of recipes in directories METHOD-seedN, such as those of docs/lab.md, as the comparison's."""
+    found = []
+    for path in sorted(folder.glob("*-seed*")):
+        name, _, seed = path.name.rpartition("-seed")
+        evals = read_evals(path)
+        if name in ALL and seed.isdecimal() and read_run(path).get("status") == "finished" and evals:
+            config = read_run(path)["config"]
+            settings = {field: config[field] for field in METHOD_FIELDS if config.get(field)}
+            run = LabRun(name=name, algorithm=ALL[name].algorithm, seed=int(seed), settings=settings)
+            found.append(record_of(run, path, evals[-1].get("prompts", 0)))
+    return sorted(found, key=lambda record: list(ALL).index(record.name))
+
+
+def record_of(run: LabRun, path: Path, prompts: int) -> Record:
+    """What lies in the directory, as the record of this run."""
+    steps = read_steps(path)
     points = rollout_points(steps)
-    evals = read_evals(run.path)
+    evals = read_evals(path)
+    updates = round(len(steps) / max(len(points), 1))
     held_out = evals[-1]["metrics"] if evals else {}
     prefix = "heldout/pass_at_"
 
@@ -77,6 +99,7 @@ def read_record(run: LabRun, updates: int = UPDATES) -> Record:
         update_seconds=of("time/update"),
         tokens=of("policy/tokens"),
         pass_at={name.removeprefix(prefix): x for name, x in held_out.items() if name.startswith(prefix)},
+        prompts=prompts,
         touched={name: fmean(values) for name in TOUCHED if (values := of(name))},
         measured=tuple(series(moved, "dynamics/measured")[1]),
         predicted={name: series(moved, f"dynamics/{name}_mean")[1] for name in ESTIMATORS} if moved else {},
