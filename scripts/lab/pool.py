@@ -15,7 +15,7 @@ from .plan import BASE, BASES, bases_needed, seconds
 from .runs import RUNS, LabRun, finished, perform
 
 LOGS = RUNS.parent / "logs"
-AT_ONCE = 25  # runs of a worker, after which a fresh one takes its place
+AT_ONCE = 10  # runs of a worker, after which a fresh one takes its place
 
 
 def conduct(runs: Sequence[LabRun], jobs: int) -> dict[str, str]:
@@ -64,6 +64,10 @@ def conduct(runs: Sequence[LabRun], jobs: int) -> dict[str, str]:
                     bar.update(round(worth))
                     if base_made is not None:  # without it, these say so themselves
                         submit([run for run in missing if BASES[run.numbers] == base_made])
+    except BaseException:  # interrupted: what is half done is made again anyway
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return failed
