@@ -1,6 +1,8 @@
 """The laboratory: its verifier is exact, its problems are split cleanly, and the product's trainer runs in it."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,10 @@ from scripts.lab.countdown import (
     verify,
 )
 from scripts.lab.methods import ALL, METHODS
-from scripts.lab.plan import FULL, QUICK, plan, seconds
-from scripts.lab.records import read_record
-from scripts.lab.runs import UPDATES, LabRun, config, finished, perform
+from scripts.lab.plan import BASES, FULL, QUICK, plan, seconds
+from scripts.lab.pool import conduct
+from scripts.lab.records import read_others, read_record
+from scripts.lab.runs import HELD_OUT_PROMPTS, UPDATES, LabRun, config, finished, perform
 
 NUMBERS, TARGET = (7, 3, 12), 22
 SOLUTION = "7 + 3 = 10 10 + 12 = 22 <eos>"
@@ -196,6 +199,35 @@ def test_record_holds_what_was_run(untrained: Path, tmp_path: Path, monkeypatch:
     assert record.seconds == pytest.approx([sum(m["time/step"] for m in metrics)])
     assert record.reward == (0.0,) and record.pass_at == {"1": 0.0}
     assert len(record.made) == 1 and len(record.grad_norm) == 2
+
+
+def test_other_runs_are_read_by_their_names(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(controls=[{"name": "kl_cov", "fraction": 0.1}])
+    perform(run, untrained)
+    for name in ("kl-cov-seed3", "grpo-seed3", "unknown-seed3", "kl-cov-seedx"):
+        shutil.copytree(run.path, tmp_path / "others" / name)
+    (tmp_path / "others/grpo-seed3/run.json").write_text('{"status": "running"}')
+    (found,) = read_others(tmp_path / "others")
+    assert (found.name, found.seed, found.prompts) == ("kl-cov", 3, HELD_OUT_PROMPTS)
+    assert found.entropy == read_record(run).entropy
+    assert "kl_cov" in json.dumps(found.settings)
+
+
+@pytest.mark.slow
+def test_pool_makes_what_is_missing_and_says_what_failed(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    BASES[(3,)].path.parent.mkdir(parents=True)
+    shutil.copytree(untrained, BASES[(3,)].path)
+    good = tiny_run()
+    bad = replace(tiny_run(num_generations=1), name="bad")
+    assert list(conduct([good, bad], 1)) == ["compare-bad-seed0"]
+    assert finished(good) and not finished(bad)
+    before = (good.path / "steps.jsonl").stat().st_mtime_ns
+    assert list(conduct([good, bad], 1)) == ["compare-bad-seed0"]
+    assert (good.path / "steps.jsonl").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("name", ALL)
