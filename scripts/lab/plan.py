@@ -41,9 +41,9 @@ FULL = Size(
     samples=64,
     knob_methods=tuple(name for name in METHODS if METHODS[name].knob),
     knob_seeds=(0, 1),
-    knob_rollouts=40,
-    probe_rollouts=40,
-    length_rollouts=40,
+    knob_rollouts=30,
+    probe_rollouts=30,
+    length_rollouts=30,
 )
 QUICK = Size(
     methods=("grpo", "clip-cov", "kl-cov", "thermostat"),
