@@ -7,7 +7,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format bench docs
+.PHONY: help install quickstart test check format bench lab docs
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,9 @@ check: $(STAMP) ## format, lint, types, import rule
 format: $(STAMP) ## rewrite the code the way `make check` wants it
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+lab: $(STAMP) ## entropy collapse and what holds it: all methods, one page, resumable (ARGS=--quick: 5 minutes)
+	$(PYTHON_BIN) scripts/entropy_lab.py $(ARGS)
 
 bench: $(STAMP) ## where the time of one training step goes
 	$(PYTHON_BIN) scripts/bench_step.py $(ARGS)

@@ -1,49 +1,109 @@
-"""A small laboratory: entropy collapse, and what holds it, in minutes on one CPU core.
+"""The entropy laboratory: does entropy collapse, what holds it, and what is that worth? On CPUs, with rlvr's trainers.
 
-    python scripts/entropy_lab.py base                          the base model and what it can do
-    python scripts/entropy_lab.py collapse --seeds 0 1 2        plain GRPO
-    python scripts/entropy_lab.py covariance --seeds 0 1 2      Clip-Cov and KL-Cov
-    python scripts/entropy_lab.py thermostat --seeds 0 1 2      entropy held in a band, against constant bonuses
-    python scripts/entropy_lab.py critic --seeds 0 1 2          PPO's critics against GRPO's groups
+    make lab                                    the whole suite, resumable, about 55 minutes on two cores
+    make lab ARGS=--quick                       fewer methods, seeds and rollouts: within five minutes
+    make lab ARGS=--page                        the page again, from the records alone
+    make lab ARGS="--read DIR"                  the page of other runs, DIR/METHOD-seedN (docs/lab.md)
+    make lab ARGS="--methods grpo ppo ppo-no-groups --seeds 0 1 2"     other comparisons
 
-Runs are kept in runs/lab/ and not repeated. A run is 100 rollouts, 400 optimizer steps of `rlvr`'s trainers.
+Runs are kept in runs/lab/runs; one that was interrupted starts again. The page is runs/lab/report.html, its numbers
+are runs/lab/records.json; those of --quick are in runs/lab/quick. Rollouts are those of transformers: vLLM's attention
+for CPUs does not support this model's heads of 24.
 """
 
 import argparse
 import os
+import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 # One thread that sleeps while it waits: results repeat exactly, and several processes do not fight over the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
-from lab.base import BaseSettings, base_model
-from lab.experiments import EXPERIMENTS, conduct
-from transformers.utils import logging
+from lab.methods import ALL
 
 from rlvr.errors import ConfigError
 
+OUT = Path("runs/lab")
+SETTING = (
+    "Countdown with three numbers, a Llama of 342,816 parameters, learning rate 1e-4. The base model was selected for "
+    "what it shows: bases with less supervised training gave RL little to sharpen."
+)
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=["base", *EXPERIMENTS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     os.chdir(Path(__file__).resolve().parents[1])
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    base = base_model(BaseSettings())
-    if arguments.experiment == "base":
-        print((base / "lab.json").read_text())
-    else:
-        print(conduct(arguments.experiment, arguments.seeds, base))
+    from lab.page import write_page
+    from lab.plan import FULL, QUICK, plan, seconds
+    from lab.pool import conduct
+    from lab.records import load_records, read_others, read_record, write_records
+    from lab.runs import finished
+
+    size, out = (QUICK, OUT / "quick") if arguments.quick else (FULL, OUT)
+    if arguments.methods:
+        names = tuple(dict.fromkeys(("grpo", *arguments.methods)))
+        size, out = replace(size, methods=names, knob_methods=(), probe_rollouts=0, length_rollouts=0), OUT / "chosen"
+    if arguments.seeds:
+        size = replace(size, seeds=tuple(arguments.seeds))
+    runs = plan(size)
+    kept = out / "records.json"
+    if arguments.page:
+        if not kept.exists():
+            raise ConfigError(f"{kept} is not there: make the runs first, without --page")
+        print(write_page(load_records(kept), {"records": str(kept), "setting": SETTING}, (), out))
+        return
+    if arguments.read:
+        records = read_others(arguments.read)
+        if not records:
+            raise ConfigError(f"--read {arguments.read}: holds no finished run in a directory METHOD-seedN")
+        print(write_page(records, {"runs": f"{len(records)} of {arguments.read}"}, (), arguments.read))
+        return
+    started = time.monotonic()
+    failed = conduct(runs, arguments.jobs)
+    records = [read_record(run) for run in runs if finished(run)]
+    write_records(records, kept)
+    about = {
+        "setting": SETTING,
+        "runs": f"{len(records)} of {len(runs)}, {len(size.seeds)} seeds",
+        "a run": f"{size.rollouts} rollouts of 32 prompts x 8 completions, 4 updates each",
+        "held out": f"256 problems x {size.samples} samples",
+        "knobs": f"{len(size.knob_seeds)} seeds, {size.knob_rollouts} rollouts" if size.knob_methods else "not turned",
+        "planned": f"{sum(map(seconds, runs)) / 60:.0f} minutes of one idle core",
+        "this call": f"{(time.monotonic() - started) / 60:.0f} minutes with {arguments.jobs} processes",
+        "command": "python scripts/entropy_lab.py " + " ".join(sys.argv[1:]),
+    }
+    print(write_page(records, about, [f"{name}: {why}" for name, why in failed.items()], out))
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed; the page says which, call again to repeat them")
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="four methods, three seeds, 40 rollouts")
+    parser.add_argument("--page", action="store_true", help="write the page from the records that are there")
+    parser.add_argument("--read", type=Path, metavar="DIR", help="write the page of the runs in DIR/METHOD-seedN")
+    parser.add_argument("--methods", nargs="+", choices=list(ALL), metavar="NAME", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--jobs", type=int, default=_cores(), help="processes at once; default: one per core")
+    return parser
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished runs are kept, call again to go on")

@@ -73,7 +73,7 @@ def test_measured_change_is_the_change_of_the_recorded_entropy(tiny_model_dir: P
 def test_prediction_agrees_with_the_measured_change(tiny_model_dir: Path, tmp_path: Path) -> None:
     step = run(tiny_model_dir, tmp_path, max_steps=1, learning_rate=1e-3)[0]
     assert step["dynamics/discriminator_correlation"] > 0
-    assert step["dynamics/predicted"] != 0
+    assert step["dynamics/predicted"] == step["dynamics/discriminator_mean"] != 0
     parts = [
         step[f"dynamics/predicted_{sign}_{side}"]
         for sign in ("rewarded", "punished")

@@ -1,6 +1,7 @@
 """The laboratory: its verifier is exact, its problems are split cleanly, and the product's trainer runs in it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,23 +12,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlvr.errors import ConfigError
 from rlvr.monitor.records import read_evals, read_steps
-from scripts.lab.base import BaseSettings, base_model, encoded, new_model, tokenizer, train
-from scripts.lab.countdown import IDS, VOCABULARY, all_solutions, draw, reward, split, verify
-from scripts.lab.experiments import BAND, METHODS, lab_run
-from scripts.lab.results import Band, result
-from scripts.lab.runs import UPDATES, LabRun, config, perform
+from scripts.lab.base import BaseSettings, encoded, new_model, tokenizer, train
+from scripts.lab.countdown import (
+    COMPLETION_LENGTH,
+    IDS,
+    VOCABULARY,
+    all_solutions,
+    draw,
+    draw_prompts,
+    reward,
+    split,
+    verify,
+)
+from scripts.lab.methods import ALL, METHODS
+from scripts.lab.plan import BASE, BASES, FULL, QUICK, plan, seconds
+from scripts.lab.pool import conduct
+from scripts.lab.records import read_others, read_record
+from scripts.lab.runs import HELD_OUT_PROMPTS, UPDATES, LabRun, config, finished, perform
 
-ROOT = Path(__file__).parents[1]
 NUMBERS, TARGET = (7, 3, 12), 22
 SOLUTION = "7 + 3 = 10 10 + 12 = 22 <eos>"
 
 
-def sample(count: int = 300):
-    return draw(all_solutions(), count, np.random.default_rng(0))
+def sample(count: int = 300, numbers: int = 3):
+    return draw(all_solutions(numbers), count, np.random.default_rng(0))
 
 
-def test_every_solution_is_verified():
-    solutions = sample()
+@pytest.mark.parametrize("numbers", [2, 3])
+def test_every_solution_is_verified(numbers: int):
+    solutions = sample(numbers=numbers)
     completions = [[IDS[word] for word in text.split()] for text in solutions.completions()]
     assert reward(solutions.prompts(), completions) == [1.0] * len(solutions)
 
@@ -61,6 +74,23 @@ def test_verify_by_hand(completion, right):
 def test_verify_allows_a_number_as_often_as_it_is_given(numbers, right):
     completion = "5 + 5 = 10 10 + 5 = 15 <eos>"
     assert verify(completion.split(), numbers, 15) == right
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [("3 * 4 = 12 <eos>", 1.0), ("4 * 3 = 12 <eos>", 1.0), ("3 + 4 = 7 <eos>", 0.0), ("3 * 4 = 12", 0.0)],
+)
+def test_verify_of_two_numbers(completion, right):
+    assert verify(completion.split(), (3, 4), 12) == right
+
+
+def test_two_and_three_numbers_make_lengths_vary():
+    prompts = draw_prompts(False, (2, 3), 400, np.random.default_rng(0))
+    lengths = [len(prompt.split()) for prompt in prompts]
+    assert set(lengths) == {5, 6}
+    assert lengths.count(5) == pytest.approx(200, abs=40)  # four standard deviations
+    words = {len(text.split()) for numbers in (2, 3) for text in sample(numbers=numbers).completions()}
+    assert words == {6, COMPLETION_LENGTH}
 
 
 def test_verify_changes_with_every_word():
@@ -101,8 +131,9 @@ def test_encoded_is_what_the_tokenizer_says():
     assert torch.equal(encoded(prompts), tokenizer()(prompts, return_tensors="pt").input_ids)
 
 
-def test_base_training_lowers_the_loss():
-    settings = BaseSettings(right_steps=40, wrong_steps=0, batch=16)
+@pytest.mark.parametrize("numbers", [(3,), (2, 3)])
+def test_base_training_lowers_the_loss(numbers: tuple[int, ...]):
+    settings = BaseSettings(right_steps=40, wrong_steps=0, batch=16, numbers=numbers)
     losses = list(train(new_model(0), settings))
     assert losses[0] == pytest.approx(np.log(len(VOCABULARY)), abs=0.2)  # uniform over the vocabulary
     assert np.mean(losses[-5:]) < losses[0] - 0.5
@@ -110,6 +141,8 @@ def test_base_training_lowers_the_loss():
 
 def test_base_settings_with_other_values_lie_elsewhere():
     assert BaseSettings().path == BaseSettings(seed=0).path != BaseSettings(seed=1).path
+    assert BaseSettings(numbers=(2, 3)).path != BaseSettings().path
+    assert BaseSettings().path.name == "d34fadb2"  # a base that takes minutes is not made again
 
 
 @pytest.fixture
@@ -127,8 +160,8 @@ def test_base_is_an_ordinary_checkpoint(untrained: Path):
 
 
 def tiny_run(**settings) -> LabRun:
-    small = {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations_eval": 1}
-    return LabRun(name="tiny", settings={**small, **settings}, rollouts=1)
+    small = {"max_steps": 2, "per_device_train_batch_size": 16, "probe_sequences": 4}
+    return LabRun(name="tiny", settings={**small, **settings}, rollouts=1, samples=1)
 
 
 def test_run_is_recorded_and_not_repeated(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -145,80 +178,88 @@ def test_run_is_recorded_and_not_repeated(untrained: Path, tmp_path: Path, monke
         perform(tiny_run(learning_rate=1.0), untrained)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_are_valid_settings(name: str):
-    """Controls and thermostats are built when the configuration is made."""
-    wanted = METHODS[name]
-    args = config(lab_run(name, 0))
-    assert [control.name for control in args.control_list] == [c["name"] for c in wanted.get("controls", [])]
-    assert (args.thermostat_config is not None) == ("thermostat" in wanted)
-    assert args.updates_per_rollout == UPDATES
+def test_interrupted_run_starts_again(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run()
+    perform(run, untrained)
+    whole = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps({**whole, "status": "running"}))
+    assert not finished(run)
+    perform(run, untrained)
+    assert finished(run) and len(read_steps(run.path)) == 2
 
 
-def test_result_by_hand(tmp_path: Path):
-    """20 rollouts of 2 steps; entropy falls by .02 per rollout and .01 within it, reward is linear in it."""
-    for step in range(1, 41):
-        made, entropy = step % 2 == 1, 0.60 - 0.02 * ((step - 1) // 2)
-        metrics = {"entropy/mean": entropy + (0.005 if made else -0.005), "time/rollout": float(made)}
-        append(tmp_path / "steps.jsonl", step, metrics | {"reward/mean": 1 - entropy})
-    append(tmp_path / "evals.jsonl", 40, {f"heldout/pass_at_{k}": k / 16 for k in (1, 8, 16)})
-    found = result(tmp_path, 2, Band(0.30, 0.391))
-    # Rollout i has entropy .60 - .02 i. At 10 % two are over: .60 and .58; then the last five of 5, 10 and 20.
-    assert found.entropy == pytest.approx((0.59, 0.56, 0.46, 0.26), abs=1e-12)
-    # Of rollouts 10 to 19, with .40, .38, ... .22, those with .38 to .30 lie inside.
-    assert found.inside == 0.5
-    assert found.reward == pytest.approx(1 - 0.31, abs=1e-12)  # the mean of .40, .38, ... .22 is .31
-    assert found.pass_at == {"1": 1 / 16, "8": 0.5, "16": 1.0}
-    assert found.r2_linear == pytest.approx(1.0, abs=1e-12) and found.r2 < 1 - 1e-6
-    assert found.explained is None
+def test_record_holds_what_was_run(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(learning_rate=1e-3, warmup_steps=0)
+    perform(run, untrained)
+    record, steps = read_record(run), read_steps(run.path)
+    metrics = [step["metrics"] for step in steps]
+    assert record.entropy == pytest.approx([sum(m["entropy/mean"] for m in metrics) / 2])
+    assert record.seconds == pytest.approx([sum(m["time/step"] for m in metrics)])
+    assert record.reward == (0.0,) and record.pass_at == {"1": 0.0}
+    assert len(record.made) == 1 and len(record.grad_norm) == 2
 
 
-def append(path: Path, step: int, metrics: dict[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, "metrics": metrics}) + "\n")
-
-
-def numbers(path: Path) -> list[dict[str, float]]:
-    """What was measured, without the times."""
-    steps = [record["metrics"].items() for record in read_steps(path)]
-    return [{name: value for name, value in step if not name.startswith("time/")} for step in steps]
-
-
-@pytest.fixture
-def trained_base(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The base model; kept between runs of the tests, since it takes minutes."""
-    monkeypatch.chdir(ROOT)
-    return base_model(BaseSettings()).resolve()
+def test_other_runs_are_read_by_their_names(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(controls=[{"name": "kl_cov", "fraction": 0.1}])
+    perform(run, untrained)
+    for name in ("kl-cov-seed3", "grpo-seed3", "unknown-seed3", "kl-cov-seedx"):
+        shutil.copytree(run.path, tmp_path / "others" / name)
+    (tmp_path / "others/grpo-seed3/run.json").write_text('{"status": "running"}')
+    (found,) = read_others(tmp_path / "others")
+    assert (found.name, found.seed, found.prompts) == ("kl-cov", 3, HELD_OUT_PROMPTS)
+    assert found.entropy == read_record(run).entropy
+    assert "kl_cov" in json.dumps(found.settings)
 
 
 @pytest.mark.slow
-def test_runs_repeat_bit_by_bit(trained_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    measured = []
-    for again in ("first", "second"):
-        monkeypatch.chdir(tmp_path)
-        run = replace(lab_run("thermostat-kl-cov", 0), name=again, rollouts=5)
-        measured.append(numbers(perform(run, trained_base)))
-    assert measured[0] == measured[1]
-
-
-@pytest.mark.slow
-def test_collapse_is_real_and_covariance_controls_slow_it(
-    trained_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pool_makes_what_is_missing_and_says_what_failed(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    found = {
-        name: result(perform(lab_run(name, 0), trained_base), UPDATES, BAND) for name in ("grpo", "clip-cov", "kl-cov")
-    }
-    plain = found["grpo"]
-    assert plain.entropy[-1] < 0.20 and plain.reward > 0.65 and plain.r2 > 0.95
-    for name in ("clip-cov", "kl-cov"):
-        assert found[name].entropy[-1] - plain.entropy[-1] > 0.02
+    BASES[(3,)].path.parent.mkdir(parents=True)
+    shutil.copytree(untrained, BASES[(3,)].path)
+    good = tiny_run()
+    bad = replace(tiny_run(num_generations=1), name="bad")
+    assert list(conduct([good, bad], 1)) == ["compare-bad-seed0"]
+    assert finished(good) and not finished(bad)
+    before = (good.path / "steps.jsonl").stat().st_mtime_ns
+    assert list(conduct([good, bad], 1)) == ["compare-bad-seed0"]
+    assert (good.path / "steps.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
-def test_a_critic_earns_no_less_than_groups(trained_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At equal samples, up to what seeds differ by; values explain something that prompts and a constant do not."""
-    monkeypatch.chdir(tmp_path)
-    grpo, ppo = (result(perform(lab_run(name, 0), trained_base), UPDATES, BAND) for name in ("grpo", "ppo-no-groups"))
-    assert ppo.reward > grpo.reward - 0.03 and ppo.entropy[-1] < 0.20
-    assert ppo.explained is not None and ppo.explained > 0.05
+@pytest.mark.parametrize("name", ALL)
+def test_methods_are_valid_settings(name: str):
+    """Controls and thermostats are built when the configuration is made, for every value of a knob too."""
+    method = ALL[name]
+    turned = method.knob.settings.values() if method.knob else ()
+    for wanted in (method.settings, *turned):
+        args = config(LabRun(name=name, algorithm=method.algorithm, settings=wanted))
+        assert [control.name for control in args.control_list] == [c["name"] for c in wanted.get("controls", [])]
+        assert (args.thermostat_config is not None) == ("thermostat" in wanted)
+        assert args.updates_per_rollout == UPDATES
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_recipes_are_there(name: str):
+    recipe = METHODS[name].recipe
+    assert not recipe or (Path(__file__).parents[1] / "recipes" / recipe).exists()
+
+
+@pytest.mark.parametrize(("size", "minutes", "bases"), [(FULL, 60, 2), (QUICK, 5, 0)])
+def test_plan_fits_into_its_time(size, minutes: int, bases: int):
+    """On two cores, where two runs at once take up to 1.4 times as long as one alone.   bases: to be made, too."""
+    runs = plan(size)
+    assert len({run.path for run in runs}) == len(runs)
+    assert (sum(map(seconds, runs)) + bases * BASE) * 1.4 / 2 / 60 < minutes
+
+
+def test_plan_compares_every_method_over_five_seeds_and_turns_every_knob():
+    runs = plan(FULL)
+    assert len({run.seed for run in runs if run.part == "compare"}) >= 5
+    assert {run.name for run in runs if run.part == "compare"} == set(METHODS)
+    turned = {run.name.partition("=")[0] for run in runs if run.part == "knob"}
+    assert turned == set(METHODS) - {"grpo"}
+    assert all(len(METHODS[name].knob.values) == 3 for name in turned)

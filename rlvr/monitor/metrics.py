@@ -101,6 +101,10 @@ _ROWS: dict[str, Metric] = {
             ("slope", "1", "slope"),
         )
     },
+    **{
+        f"dynamics/{name}_mean": Metric("1", f"predicted change, mean over the probe's tokens, estimator {name}")
+        for name in ("covariance", "discriminator", "single_logit", "steer", "steer_released")
+    },
     # law: R = -a exp(H) + b, fitted to the rollouts so far
     "law/a": Metric("reward", "slope: reward gained per unit of exp(entropy) spent", "positive"),
     "law/b": Metric("reward", "intercept of R = -a exp(H) + b"),

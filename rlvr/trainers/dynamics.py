@@ -121,6 +121,7 @@ class EntropyProbe:
         metrics = {name: mean.value() for name, mean in reduce_means(means, self._trainer.accelerator).items()}
         for name, prediction in before.predicted.items():
             agreement = Agreement.of(prediction, measured).over_ranks(self._trainer.reduce)
+            metrics[f"dynamics/{name}_mean"] = agreement.total_predicted / max(agreement.count, 1)
             metrics[f"dynamics/{name}_slope"] = agreement.slope
             metrics[f"dynamics/{name}_correlation"] = agreement.correlation
             metrics[f"dynamics/{name}_r2"] = agreement.r2

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlvr.diagnostics import pass_at_k
 
-from .countdown import COMPLETION_LENGTH, EOS, IDS, PAD, PROMPT_LENGTH, VOCABULARY, draw, reward, split
+from .countdown import COMPLETION_LENGTH, EOS, IDS, PAD, VOCABULARY, draw, reward, split
 
 BASES = Path("models/lab-base")
 
@@ -32,7 +32,8 @@ BASES = Path("models/lab-base")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSettings:
     """right_steps, right_lr: first stage.   wrong_steps, wrong_lr: second stage, in which `wrong_fraction` of the
-    demonstrations is for another target.   batch: demonstrations per step.
+    demonstrations is for another target.   batch: demonstrations per step.   numbers: how many a problem has; of
+    several, the steps take turns.
     """
 
     right_steps: int = 1250
@@ -42,11 +43,15 @@ class BaseSettings:
     wrong_fraction: float = 0.75
     batch: int = 256
     seed: int = 0
+    numbers: tuple[int, ...] = (3,)
 
     @property
     def path(self) -> Path:
         """Where the model lies; other settings, other place."""
-        return BASES / hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        settings = asdict(self)
+        if self.numbers == (3,):  # bases from before there was a choice stay where they are
+            del settings["numbers"]
+        return BASES / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
 def base_model(settings: BaseSettings) -> Path:
@@ -62,7 +67,8 @@ def base_model(settings: BaseSettings) -> Path:
             staged = Path(scratch, "checkpoint")
             model.save_pretrained(staged)
             tokenizer().save_pretrained(staged)
-            (staged / "lab.json").write_text(json.dumps({**asdict(settings), **measure(model)}, indent=2) + "\n")
+            found = measure(model, max(settings.numbers))
+            (staged / "lab.json").write_text(json.dumps({**asdict(settings), **found}, indent=2) + "\n")
             os.replace(staged, out)
     return out
 
@@ -102,25 +108,26 @@ def new_model(seed: int) -> LlamaForCausalLM:
 def train(model: LlamaForCausalLM, settings: BaseSettings) -> Iterator[float]:
     """Both supervised stages; gives the loss of each step."""
     rng = np.random.default_rng(settings.seed)
-    yield from _stage(model, settings.right_steps, settings.right_lr, 0.0, settings.batch, rng)
-    yield from _stage(model, settings.wrong_steps, settings.wrong_lr, settings.wrong_fraction, settings.batch, rng)
+    yield from _stage(model, settings, settings.right_steps, settings.right_lr, 0.0, rng)
+    yield from _stage(model, settings, settings.wrong_steps, settings.wrong_lr, settings.wrong_fraction, rng)
 
 
 def _stage(
-    model: Any, steps: int, peak_lr: float, wrong_fraction: float, batch: int, rng: np.random.Generator
+    model: Any, settings: BaseSettings, steps: int, peak_lr: float, wrong_fraction: float, rng: np.random.Generator
 ) -> Iterator[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    solutions = split(held_out=False)
     for step in range(steps):
         warmup, cosine = min(1.0, (step + 1) / 100), (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = peak_lr * warmup * (0.1 + 0.9 * cosine)
-        shown = draw(solutions, batch, rng)
-        asked = encoded(shown.prompts())
-        wrong = torch.from_numpy(rng.random(batch) < wrong_fraction)
-        asked[wrong, 4] = asked[torch.from_numpy(rng.permutation(batch)), 4][wrong]
-        ids = torch.cat([asked, encoded(shown.completions())], dim=1)
-        logits = model(input_ids=ids[:, :-1], logits_to_keep=COMPLETION_LENGTH).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT_LENGTH:].flatten())
+        numbers = settings.numbers[step % len(settings.numbers)]
+        shown = draw(split(False, numbers), settings.batch, rng)
+        asked, told = encoded(shown.prompts()), encoded(shown.completions())
+        wrong = torch.from_numpy(rng.random(settings.batch) < wrong_fraction)
+        target = numbers + 1  # its place in a prompt
+        asked[wrong, target] = asked[torch.from_numpy(rng.permutation(settings.batch)), target][wrong]
+        ids = torch.cat([asked, told], dim=1)
+        logits = model(input_ids=ids[:, :-1], logits_to_keep=told.size(1)).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), told.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -134,16 +141,16 @@ def encoded(texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, problems: int = 256, samples: int = 16, seed: int = 12345) -> dict[str, float]:
+def measure(model: Any, numbers: int, problems: int = 256, samples: int = 16, seed: int = 12345) -> dict[str, float]:
     """pass@1, 8 and 16 on held-out problems, and the mean entropy of the tokens sampled (nats)."""
-    asked = draw(split(held_out=True), problems, np.random.default_rng(seed)).prompts()
+    asked = draw(split(True, numbers), problems, np.random.default_rng(seed)).prompts()
     prompts = encoded(asked).repeat_interleave(samples, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=COMPLETION_LENGTH
         )
-    completions = ids[:, PROMPT_LENGTH:]
+    completions = ids[:, prompts.size(1) :]
     logps = model(input_ids=ids[:, :-1], logits_to_keep=completions.size(1)).logits.log_softmax(-1)
     after_end = (completions == IDS[EOS]).cumsum(1) - (completions == IDS[EOS]).long() > 0
     entropy = -(logps.exp() * logps).sum(-1)[~after_end].mean()

@@ -2,6 +2,8 @@
 
 prompt      7 3 12 > 22 :
 completion  7 + 3 = 10 10 + 12 = 22 <eos>
+
+Two numbers make the same task with one step, so that lengths vary where both are mixed.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ OPERATIONS = ("+", "-", "*")
 PAD, EOS = "<pad>", "<eos>"
 VOCABULARY = (*(str(n) for n in range(100)), *OPERATIONS, "=", ">", ":", PAD, EOS)
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
-PROMPT_LENGTH, COMPLETION_LENGTH = 6, 11
+COMPLETION_LENGTH = 11  # with three numbers
 HELD_OUT = 10  # one problem in so many
 
 
@@ -24,7 +26,7 @@ HELD_OUT = 10  # one problem in so many
 class Solutions:
     """Problems, each with one of its solutions.
 
-    numbers [S, 3]: as given.   steps [S, 2, 4]: left, operation, right, result; the last result is the target.
+    numbers [S, n]: as given.   steps [S, n - 1, 4]: left, operation, right, result; the last result is the target.
     """
 
     numbers: NDArray[np.int64]
@@ -49,15 +51,32 @@ class Solutions:
             left, operation, right, result = step
             return f"{left} {OPERATIONS[operation]} {right} = {result}"
 
-        return [f"{written(first)} {written(second)} {EOS}" for first, second in self.steps.tolist()]
+        return [f"{' '.join(map(written, steps))} {EOS}" for steps in self.steps.tolist()]
 
 
 @cache
-def all_solutions() -> Solutions:
+def all_solutions(numbers: int = 3) -> Solutions:
     """Every sound computation there is: uniform draws from it are problems with a demonstration.
 
-    All three numbers (1 to 15) are used once, results lie in 1 to 99, and nothing is multiplied by 1.
+    All numbers (1 to 15; two or three of them) are used once, results lie in 1 to 99, and nothing is multiplied by 1.
     """
+    pool, steps = _pairs() if numbers == 2 else _triples()
+    a, op, b, c = np.moveaxis(steps, 2, 0)
+    sound = (c >= 1) & (c <= LARGEST_RESULT) & ~((op == 2) & ((a == 1) | (b == 1)))
+    return Solutions(pool, steps)[sound.all(axis=1)]
+
+
+def _pairs() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    given = np.arange(1, LARGEST_NUMBER + 1)
+    first, second, operation, swap = (
+        x.reshape(-1) for x in np.meshgrid(given, given, range(3), range(2), indexing="ij")
+    )
+    left, right = np.where(swap, second, first), np.where(swap, first, second)
+    steps = np.stack([left, operation, right, _apply(left, operation, right)], 1)[:, None]
+    return np.stack([first, second], 1), steps
+
+
+def _triples() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     given = np.arange(1, LARGEST_NUMBER + 1)
     choices = np.meshgrid(given, given, given, range(3), range(2), range(3), range(3), range(2), indexing="ij")
     *numbers, i, skip, op1, op2, swap = (axis.reshape(-1) for axis in choices)
@@ -71,18 +90,25 @@ def all_solutions() -> Solutions:
     steps = np.stack(
         [np.stack([left, op1, right, first], 1), np.stack([second_left, op2, second_right, second], 1)], 1
     )
-    a, op, b, c = np.moveaxis(steps, 2, 0)
-    sound = (c >= 1) & (c <= LARGEST_RESULT) & ~((op == 2) & ((a == 1) | (b == 1)))
-    return Solutions(pool, steps)[sound.all(axis=1)]
+    return pool, steps
 
 
-def split(held_out: bool) -> Solutions:
+@cache
+def split(held_out: bool, numbers: int = 3) -> Solutions:
     """The solutions of the held-out or of the training problems; the order of the numbers makes no other problem."""
-    solutions = all_solutions()
+    solutions = all_solutions(numbers)
     key = solutions.targets * 7919
     for number in np.sort(solutions.numbers, axis=1).T:
         key = (key * 31 + number) % 1_000_003
     return solutions[(key % HELD_OUT == 0) == held_out]
+
+
+def draw_prompts(held_out: bool, counts: Sequence[int], size: int, rng: np.random.Generator) -> list[str]:
+    """`size` prompts; with several counts of numbers, each prompt's count is drawn, all alike likely."""
+    if len(counts) == 1:
+        return draw(split(held_out, counts[0]), size, rng).prompts()
+    of_each = {n: iter(draw(split(held_out, n), size, rng).prompts()) for n in counts}
+    return [next(of_each[int(n)]) for n in rng.choice(counts, size)]
 
 
 def draw(solutions: Solutions, count: int, rng: np.random.Generator) -> Solutions:
@@ -91,14 +117,16 @@ def draw(solutions: Solutions, count: int, rng: np.random.Generator) -> Solution
 
 
 def verify(words: Sequence[str], numbers: Sequence[int], target: int) -> float:
-    """1 if the completion is right, else 0: two sound steps that use every number once, reach the target and end.
+    """1 if the completion is right, else 0: sound steps that use every number once, reach the target and end.
 
     words: of the completion, its end token included.
     """
-    if len(words) != COMPLETION_LENGTH or words[-1] != EOS:
+    steps = len(numbers) - 1
+    if len(words) != 5 * steps + 1 or words[-1] != EOS:
         return 0.0
     pool, result = list(numbers), None
-    for left, operation, right, equals, written in (words[0:5], words[5:10]):
+    for start in range(0, 5 * steps, 5):
+        left, operation, right, equals, written = words[start : start + 5]
         if operation not in OPERATIONS or equals != "=":
             return 0.0
         for word in (left, right):

@@ -17,29 +17,35 @@ from rlvr.monitor.records import read_evals, read_run
 from rlvr.trainers.config import PolicyConfig
 from rlvr.trainers.policy import PolicyTrainer
 
-from .countdown import COMPLETION_LENGTH, draw, reward, split
+from .countdown import COMPLETION_LENGTH, draw_prompts, reward
 
-RUNS = Path("runs/lab")
+RUNS = Path("runs/lab/runs")
 PROMPTS, GROUP, UPDATES = 32, 8, 4  # of a rollout
-HELD_OUT_PROMPTS, HELD_OUT_SAMPLES = 256, 16
+PROBLEMS = 100 * PROMPTS  # at least, also for shorter runs, which are then the first part of longer ones
+HELD_OUT_PROMPTS = 256
 TRAINERS = {"grpo": rlvr.GRPOTrainer, "ppo": rlvr.PPOTrainer}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabRun:
-    """name: of the method.   algorithm: of TRAINERS.   settings: fields of the trainer's configuration that the method
-    sets.   rollouts: 4 steps each.
+    """part: of the suite.   name: of the method.   algorithm: of TRAINERS.   settings: fields of the trainer's
+    configuration that the method sets.   rollouts: 4 steps each.   numbers: how many a problem has.   samples: of each
+    held-out prompt after training; 0: no evaluation.
     """
 
     name: str
+    part: str = "compare"
     algorithm: str = "grpo"
     seed: int = 0
     settings: Mapping[str, Any]
     rollouts: int = 100
+    numbers: tuple[int, ...] = (3,)
+    samples: int = 64
 
     @property
     def path(self) -> Path:
-        return RUNS / f"{self.name}-seed{self.seed}"
+        """Runs of other lengths lie elsewhere."""
+        return RUNS / f"{self.part}-{self.rollouts}" / f"{self.name}-seed{self.seed}"
 
 
 def perform(run: LabRun, base: Path) -> Path:
@@ -47,36 +53,51 @@ def perform(run: LabRun, base: Path) -> Path:
 
     Raises: ConfigError if the directory holds a finished run of other settings.
     """
-    wanted = {
-        "lab_algorithm": run.algorithm,
-        "lab_base": str(base),
-        "lab_rollouts": run.rollouts,
-        "lab_settings": json.dumps(run.settings),
-    }
-    before = read_run(run.path)
-    if before.get("status") == "finished" and read_evals(run.path):
-        if any(before["config"].get(name) != value for name, value in wanted.items()):
+    wanted = described(run, base)
+    if finished(run):
+        held = read_run(run.path)["config"]
+        if any(held.get(name) != value for name, value in wanted.items()):
             raise ConfigError(f"{run.path} holds a run with other settings: move it away, or choose another name")
         return run.path
     if run.path.exists():
-        shutil.rmtree(run.path)  # interrupted; a run takes minutes and repeats exactly
+        shutil.rmtree(run.path)  # interrupted; a run takes a minute and repeats exactly
     trainer = make_trainer(run, base, wanted)
     trainer.train()
-    trainer.evaluate()
+    if run.samples:
+        trainer.evaluate()
     return run.path
 
 
+def finished(run: LabRun) -> bool:
+    """Whether the run is there whole, its evaluation included."""
+    whole = read_run(run.path).get("status") == "finished"
+    return whole and (not run.samples or bool(read_evals(run.path)))
+
+
+def described(run: LabRun, base: Path) -> dict[str, Any]:
+    """What is kept of the run in its run.json, and must agree for it to be taken as made."""
+    return {
+        "lab_algorithm": run.algorithm,
+        "lab_base": str(base),
+        "lab_numbers": list(run.numbers),
+        "lab_rollouts": run.rollouts,
+        "lab_samples": run.samples,
+        "lab_settings": json.dumps(run.settings),
+    }
+
+
 def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> PolicyTrainer:
-    problems = draw(split(held_out=False), run.rollouts * PROMPTS, np.random.default_rng(1000 + run.seed))
-    held_out = draw(split(held_out=True), HELD_OUT_PROMPTS, np.random.default_rng(12345))
+    drawn = max(run.rollouts * PROMPTS, PROBLEMS)
+    problems = draw_prompts(False, run.numbers, drawn, np.random.default_rng(1000 + run.seed))
+    held_out = draw_prompts(True, run.numbers, HELD_OUT_PROMPTS, np.random.default_rng(12345))
     return TRAINERS[run.algorithm](
         AutoModelForCausalLM.from_pretrained(base),
         reward,
         config(run),
-        Dataset.from_dict({"prompt": problems.prompts()}),
-        Dataset.from_dict({"prompt": held_out.prompts()}),
+        Dataset.from_dict({"prompt": problems}),
+        Dataset.from_dict({"prompt": held_out}),
         processing_class=AutoTokenizer.from_pretrained(base),
-        run_config={**run_config, "task_description": "Countdown, 3 numbers"},
+        run_config={**run_config, "task_description": f"Countdown, {' or '.join(map(str, run.numbers))} numbers"},
     )
 
 
@@ -94,8 +115,9 @@ def config(run: LabRun) -> PolicyConfig:
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5 * UPDATES,
         "per_device_eval_batch_size": 512,
-        "num_generations_eval": HELD_OUT_SAMPLES,
+        "num_generations_eval": run.samples or 1,
         "seed": run.seed,
+        "record_sequences": 0,
         # What a model of .3 million parameters does not need, and would cost more than the model.
         "bf16": False,
         "gradient_checkpointing": False,

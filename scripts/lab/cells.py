@@ -1,0 +1,52 @@
+"""What the page is made of: sections with tables, and how numbers are written in them."""
+
+import math
+from dataclasses import dataclass
+
+from .drawing import Draw
+from .intervals import Interval
+from .questions import Compared
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """head: of the columns.   rows: of cells, as many as the head has.   notes: below it."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """anchor: also the name of the figure's file.   answer: numbers in a sentence, generated.   claim: the papers'."""
+
+    anchor: str
+    title: str
+    answer: str
+    claim: str
+    tables: tuple[Table, ...] = ()
+    draw: Draw | None = None
+    height: float = 4.2
+    notes: tuple[str, ...] = ()
+
+
+def number(x: float, digits: int = 3) -> str:
+    return "?" if math.isnan(x) else f"{x:.{digits}g}" if 0 < abs(x) < 1e-3 or abs(x) >= 1e4 else f"{x:.{digits}f}"
+
+
+def signed(x: float) -> str:
+    return f"+{number(x)}" if x > 0 else number(x)
+
+
+def stated(one: Interval, sign: bool = False) -> str:
+    """mean ± half width."""
+    mean = signed(one.mean) if sign else number(one.mean)
+    return mean if math.isnan(one.half) else f"{mean} ± {number(one.half)}"
+
+
+def compared(one: Compared) -> tuple[str, str]:
+    """Value, and difference to GRPO with a star where its interval excludes 0; nothing for GRPO itself."""
+    if one.difference.mean == one.difference.half == 0:
+        return stated(one.value), ""
+    return stated(one.value), stated(one.difference, sign=True) + (" *" if one.difference.sign else "")

@@ -1,0 +1,86 @@
+"""The page: figures, tables and sentences made of the answers, in one self-contained file.
+
+Every number on it comes from the records; the template only arranges them, and escapes whatever it is given.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .answers import collapse_section, comparison_section, law_section, spending_section
+from .cells import Section
+from .drawing import DARK, LIGHT, render
+from .findings import (
+    estimators_section,
+    lengths_section,
+    pareto_section,
+    recommendation_section,
+    sensitivity_section,
+)
+from .methods import ALL
+from .questions import REFERENCE, comparison, select
+from .records import Record
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+def sections(records: Sequence[Record]) -> list[Section]:
+    """The questions that the records can answer, in order."""
+    methods = {name: runs for name, runs in select(records, "compare").items() if name in ALL}
+    if REFERENCE not in methods:
+        return []
+    titles = {name: ALL[name].title for name in ALL}
+    plain, rows = methods[REFERENCE], comparison(methods)
+    found = [
+        collapse_section(plain, methods, titles),
+        law_section(plain, methods, titles),
+        spending_section(plain),
+        comparison_section(rows, max(record.prompts for record in plain.values()), titles),
+    ]
+    if watched := select(records, "probe").get(REFERENCE):
+        found.append(estimators_section(watched))
+    varied = select(records, "lengths")
+    if {REFERENCE, "c3po"} <= varied.keys():
+        found.append(lengths_section(varied, titles))
+    if any(record.part == "knob" for record in records):
+        found.append(sensitivity_section(records, titles))
+    if len(rows) > 1:
+        found += [pareto_section(rows, titles), recommendation_section(rows, methods, titles)]
+    return found
+
+
+def write_page(records: Sequence[Record], about: Mapping[str, str], missing: Sequence[str], out: Path) -> Path:
+    """report.html and figures/*.png in the directory; returns the page.
+
+    about: facts of the suite, by name.   missing: runs that failed, a line each.
+    """
+    found = sections(records)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, tuple[str, str]] = {}
+    for section in found:
+        if section.draw is not None:
+            light = render(section.draw, LIGHT, section.height)
+            (out / "figures" / f"{section.anchor}.png").write_bytes(light)
+            pictures[section.anchor] = (_inline(light), _inline(render(section.draw, DARK, section.height)))
+    page = out / "report.html"
+    page.write_text(html(found, about, missing, pictures), encoding="utf-8")
+    return page
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def html(
+    found: Sequence[Section],
+    about: Mapping[str, str],
+    missing: Sequence[str],
+    pictures: Mapping[str, tuple[str, str]],
+) -> str:
+    """The page.   pictures: (light, dark) as data URIs, by the section's anchor."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template: Any = environment.from_string(TEMPLATE.read_text())
+    return template.render(sections=found, about=about, missing=missing, pictures=pictures)

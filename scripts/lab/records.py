@@ -1,0 +1,127 @@
+"""What a run leaves for the page: plain numbers, read out of its records once, kept as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlvr.monitor.metrics import TOUCHED
+from rlvr.monitor.records import read_evals, read_run, read_steps, rollout_points, series
+from rlvr.theory import ESTIMATORS
+
+from .methods import ALL
+from .runs import HELD_OUT_PROMPTS, LabRun
+
+METHOD_FIELDS = ("surrogate", "controls", "thermostat")  # of a recipe
+AGREEMENTS = ("correlation", "r2", "slope")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """name, part, algorithm, seed, settings, numbers: of the run (`LabRun`).
+
+    Of each rollout: entropy, nats, mean over its optimizer steps; made, nats, of the policy that made it; reward, mean
+    of its completions; seconds, time/step of its steps.   Of each step: grad_norm, before clipping; update_seconds;
+    tokens, those of sequences without a gradient included.   pass_at: by k, held out, after training, on `prompts`
+    problems.   touched: share of the tokens that the clip or the control changed, by metric, mean over the steps.
+    Of each watched step: measured, mean entropy change of its tokens, nats; predicted, the same by each estimator, of
+    an SGD step; agreement: over the step's tokens, by estimator and then by kind of AGREEMENTS.
+    """
+
+    name: str
+    part: str
+    algorithm: str
+    seed: int
+    settings: Mapping[str, Any]
+    numbers: tuple[int, ...]
+    entropy: tuple[float, ...]
+    made: tuple[float, ...]
+    reward: tuple[float, ...]
+    seconds: tuple[float, ...]
+    grad_norm: tuple[float, ...] = ()
+    update_seconds: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
+    pass_at: Mapping[str, float]
+    prompts: int = HELD_OUT_PROMPTS
+    touched: Mapping[str, float]
+    measured: tuple[float, ...] = ()
+    predicted: Mapping[str, Sequence[float]]
+    agreement: Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def read_record(run: LabRun) -> Record:
+    """Read out a run of the laboratory."""
+    return record_of(run, run.path, run.samples and HELD_OUT_PROMPTS)
+
+
+def read_others(folder: Path) -> list[Record]:
+    """Finished runs of recipes in directories METHOD-seedN, such as those of docs/lab.md, as the comparison's."""
+    found = []
+    for path in sorted(folder.glob("*-seed*")):
+        name, _, seed = path.name.rpartition("-seed")
+        evals = read_evals(path)
+        if name in ALL and seed.isdecimal() and read_run(path).get("status") == "finished" and evals:
+            config = read_run(path)["config"]
+            settings = {field: config[field] for field in METHOD_FIELDS if config.get(field)}
+            run = LabRun(name=name, algorithm=ALL[name].algorithm, seed=int(seed), settings=settings)
+            found.append(record_of(run, path, evals[-1].get("prompts", 0)))
+    return sorted(found, key=lambda record: list(ALL).index(record.name))
+
+
+def record_of(run: LabRun, path: Path, prompts: int) -> Record:
+    """What lies in the directory, as the record of this run."""
+    steps = read_steps(path)
+    points = rollout_points(steps)
+    evals = read_evals(path)
+    updates = round(len(steps) / max(len(points), 1))
+    held_out = evals[-1]["metrics"] if evals else {}
+    prefix = "heldout/pass_at_"
+
+    def of(name: str) -> tuple[float, ...]:
+        return tuple(series(steps, name)[1])
+
+    # A step whose learning rate is 0 moves nothing: it has a measurement and no agreement.
+    moved = [step for step in steps if "dynamics/discriminator_correlation" in step["metrics"]]
+    return Record(
+        name=run.name,
+        part=run.part,
+        algorithm=run.algorithm,
+        seed=run.seed,
+        settings=run.settings,
+        numbers=run.numbers,
+        entropy=_by_rollout(of("entropy/mean"), updates),
+        made=tuple(entropy for entropy, _ in points),
+        reward=tuple(reward for _, reward in points),
+        seconds=tuple(x * updates for x in _by_rollout(of("time/step"), updates)),
+        grad_norm=of("optim/grad_norm"),
+        update_seconds=of("time/update"),
+        tokens=of("policy/tokens"),
+        pass_at={name.removeprefix(prefix): x for name, x in held_out.items() if name.startswith(prefix)},
+        prompts=prompts,
+        touched={name: fmean(values) for name in TOUCHED if (values := of(name))},
+        measured=tuple(series(moved, "dynamics/measured")[1]),
+        predicted={name: series(moved, f"dynamics/{name}_mean")[1] for name in ESTIMATORS} if moved else {},
+        agreement={
+            name: {kind: series(moved, f"dynamics/{name}_{kind}")[1] for kind in AGREEMENTS} for name in ESTIMATORS
+        }
+        if moved
+        else {},
+    )
+
+
+def _by_rollout(values: Sequence[float], updates: int) -> tuple[float, ...]:
+    return tuple(fmean(values[start : start + updates]) for start in range(0, len(values), updates))
+
+
+def write_records(records: Sequence[Record], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(record) for record in records]) + "\n")
+
+
+def load_records(path: Path) -> list[Record]:
+    """What `write_records` wrote."""
+    tuples = {f.name for f in fields(Record) if str(f.type).startswith("tuple")}
+    rows = json.loads(path.read_text())
+    return [Record(**{k: tuple(v) if k in tuples else v for k, v in row.items()}) for row in rows]

@@ -1,0 +1,224 @@
+"""What the laboratory computes from records: means with intervals, the answers, and the verdicts by rule."""
+
+import math
+from dataclasses import replace
+from statistics import stdev
+
+import numpy as np
+import pytest
+from lab_records import exponential, record, suite, watched
+
+from scripts.lab.intervals import Interval, correlation, front, interval, paired, roughness
+from scripts.lab.questions import (
+    Compared,
+    Row,
+    at,
+    collapse,
+    comparison,
+    estimators,
+    foresight,
+    law,
+    pareto,
+    select,
+    spending,
+)
+from scripts.lab.scatter import lengths, sensitivity
+from scripts.lab.verdicts import MATERIAL, by_chance, by_goal, verdict, verdicts
+
+
+def test_interval_by_hand():
+    """Student's t for 95 % and 4 degrees of freedom is 2.776."""
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.count) == (3.0, 5)
+    assert found.half == pytest.approx(2.776445 * math.sqrt(2.5) / math.sqrt(5), abs=1e-5)
+    assert found.sign == 1 and found.low == pytest.approx(3 - found.half, abs=1e-12)
+
+
+def test_interval_covers_the_mean_in_95_of_100_cases():
+    rng = np.random.default_rng(0)
+    inside = [(found := interval(rng.normal(1.0, 2.0, 5).tolist())).low <= 1.0 <= found.high for _ in range(4000)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.014)  # four standard errors
+
+
+def test_interval_of_one_seed_says_nothing():
+    one = interval([0.5])
+    assert one.mean == 0.5 and math.isnan(one.half) and one.sign == 0
+    assert math.isnan(interval([]).mean) and interval([]).sign == 0
+    assert interval([0.5, math.nan]).count == 1
+
+
+def test_paired_difference_drops_what_seeds_share():
+    """Seeds differ by 10, the method by 1 ± .1: only the paired interval shows it."""
+    reference = {seed: 10.0 * seed for seed in range(5)}
+    values = {seed: x + 1 + 0.1 * (seed % 2) for seed, x in reference.items()}
+    assert paired(values, reference).sign == 1
+    assert interval(list(values.values())).half > 10
+    assert paired({0: 1.0, 7: 5.0}, {0: 0.5, 8: 1.0}).count == 1
+
+
+def test_correlation_of_few_or_constant_points_is_nan():
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0, abs=1e-12)
+    assert math.isnan(correlation([1, 2], [1, 2])) and math.isnan(correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_roughness_ignores_a_trend_and_a_scale():
+    trend = [1.0 + 0.01 * i for i in range(100)]
+    assert roughness(trend) == pytest.approx(0.0, abs=1e-12)
+    rough = [x * (1.1 if i % 2 else 0.9) for i, x in enumerate(trend)]
+    assert roughness(rough) == pytest.approx(roughness([5 * x for x in rough]), rel=1e-9)
+    assert roughness(rough) == pytest.approx(0.1, abs=0.01)
+    assert math.isnan(roughness([1.0] * 21))
+
+
+def test_front_by_hand():
+    points = {"a": (1.0, 0.0), "b": (0.0, 1.0), "c": (0.0, 0.0), "d": (1.0, 0.0), "e": (math.nan, 9.0)}
+    assert front(points) == ["a", "b", "d"]
+
+
+def test_collapse_by_hand():
+    """Rollout i has entropy .60 - .02 i, of 20. At 10 % two are over: .60 and .58; then the last five of 5, 10, 20."""
+    found = collapse({0: record(), 1: record(seed=1)})
+    assert found.start.mean == pytest.approx(0.60, abs=1e-12)
+    assert [x.mean for x in found.at.values()] == pytest.approx([0.59, 0.56, 0.46, 0.26], abs=1e-12)
+    assert found.first_quarter.mean == pytest.approx(0.04 / 0.34, abs=1e-12)
+    assert found.first_quarter.half == pytest.approx(0.0, abs=1e-12)
+
+
+def test_at_uses_no_value_after_the_share():
+    assert at([1.0, 1.0, 1.0, 9.0], 0.75) == 1.0
+    assert at([1.0, 9.0], 0.01) == 1.0
+
+
+def test_law_finds_what_records_were_made_with():
+    runs = {seed: exponential(seed) for seed in range(3)}
+    found = law(runs)
+    assert (found.a.mean, found.b.mean) == (pytest.approx(1.2, abs=0.01), pytest.approx(2.2, abs=0.01))
+    assert found.r2.mean > 0.9999 > found.r2_linear.mean
+    for ahead in found.foresight:
+        assert ahead.law.mean == pytest.approx(0.0, abs=1e-3)
+        assert ahead.line.mean > 0.02  # exp(H) is flatter at low entropy than where the line was fitted
+        assert ahead.last.mean < -0.1  # reward has grown since
+
+
+def test_foresight_is_wrong_where_the_law_changes():
+    """Half of the gain is lost after the first part: the error is that loss, by which the forecast is too high."""
+    whole = exponential(0)
+    reward = tuple(r - (0.1 if i >= 20 else 0.0) for i, r in enumerate(whole.reward))
+    found = foresight({0: replace(whole, reward=reward)}, 0.35)
+    # The law of the mean entropy is not quite the mean of the law over the last 10 rollouts.
+    assert found.law.mean == found.size.mean == pytest.approx(0.1, abs=2e-4)
+    assert found.covered == 0.0
+
+
+def test_spending_by_hand():
+    """Windows of 5 have entropy .56, .46, .36, .26: shares 0, 1/3, 2/3, 1, and reward the same."""
+    found = spending({0: record()})
+    assert found.at[0.25][0].mean == pytest.approx(0.0, abs=1e-12)
+    assert found.at[0.5][0].mean == pytest.approx(1 / 3, abs=1e-12)
+    assert found.at[0.5][1].mean == pytest.approx(1 / 3, abs=1e-12)
+    assert found.curve[-1] == pytest.approx((1.0, 1.0), abs=1e-12)
+
+
+def test_spending_of_a_constant_is_unknown():
+    found = spending({0: record(entropy=(0.5,) * 20)})
+    assert math.isnan(found.at[0.5][0].mean)
+
+
+def test_comparison_pairs_seeds_and_counts_time():
+    rows = {row.name: row for row in comparison(select(suite(), "compare"))}
+    assert rows["kl-cov"].entropy.difference.mean == pytest.approx(0.051, abs=1e-9)
+    assert rows["kl-cov"].entropy.difference.sign == 1
+    assert rows["kl-cov"].pass_at["1"].difference.mean == pytest.approx(0.102, abs=1e-9)
+    assert rows["clip-cov"].pass_at["1"].difference.sign == -1
+    assert rows["grpo"].pass_at["1"].difference.mean == 0.0
+    # It takes twice as long: of 20 rollouts it affords 10, and is then at the mean of rollouts 0 to 9, not 10 to 19.
+    slow = rows["kl-cov"]
+    assert slow.affordable == 10 and rows["grpo"].affordable == 20
+    assert slow.reward.difference.mean == pytest.approx(0.0, abs=1e-12)
+    assert slow.equal_compute.difference.mean == pytest.approx(-0.2, abs=1e-12)
+
+
+def test_pareto_by_hand():
+    rows = comparison(select(suite(), "compare"))
+    assert pareto(rows) == ["kl-cov"]  # more entropy and pass@1 than the others, as much pass@16
+
+
+def test_estimators_by_hand():
+    found = estimators({seed: watched(seed) for seed in range(3)})
+    assert [one.name for one in found] == ["discriminator", "covariance"]
+    assert found[0].tokens["correlation"].mean == pytest.approx(0.41, abs=1e-12)  # .40, .41, .42
+    assert found[0].tokens["correlation"].half == pytest.approx(4.302653 * 0.01 / math.sqrt(3), abs=1e-6)
+    assert found[0].steps["correlation"].mean == pytest.approx(1.0, abs=1e-12)
+    assert found[0].steps["slope"].mean == pytest.approx(2.0, abs=1e-9)
+    assert abs(found[1].steps["correlation"].mean) < 0.5
+    assert estimators({0: record()}) == []
+
+
+def test_lengths_pairs_scatter():
+    found = lengths(select(suite(), "lengths"))
+    # Of 21 values around one of 1.1, 11 are 1.1; around one of 1.0, 10 are.
+    relative = [1.1 / (1 + 0.1 * 11 / 21), 1.0 / (1 + 0.1 * 10 / 21)]
+    assert found["grad_norm"]["grpo"].value.mean == pytest.approx(stdev(relative * 30), rel=1e-9)
+    assert found["grad_norm"]["c3po"].difference.mean < -0.04
+    assert found["tokens"]["c3po"].value.mean == 0.0
+
+
+def test_sensitivity_cuts_the_own_setting_to_the_same_length():
+    settings = sensitivity(suite())["kl-cov"]
+    assert [(one.value, one.own, one.rollouts) for one in settings] == [
+        (0.3, False, 10),
+        (1.0, True, 10),
+        (3.0, False, 10),
+    ]
+    # Rollouts 5 to 9: .60 - .02 * 7 = .46, and .05 more in the own runs of the comparison (seed 0).
+    assert [one.entropy.mean for one in settings] == pytest.approx([0.463, 0.51, 0.49], abs=1e-12)
+    assert settings[1].entropy.count == 1
+
+
+def row(entropy: float, one: float, many: float, reward: float = 0.7, sure: float = 0.001) -> Row:
+    def compared(difference: float) -> Compared:
+        return Compared(Interval(0.5, 0.1, 5), Interval(difference, sure, 5))
+
+    return Row(
+        name="kl-cov",
+        seeds=5,
+        entropy=compared(entropy),
+        pass_at={"1": compared(one), "16": compared(0.0), "64": compared(many)},
+        reward=Compared(Interval(reward, 0.01, 5), Interval(0.0, 1.0, 5)),
+        equal_compute=compared(0.0),
+        affordable=100,
+        seconds=Interval(0.3, 0.0, 5),
+        touched=0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "overall"),
+    [
+        (row(0.0, 0.0, 0.0), "does not help here"),
+        (row(0.0, 0.05, 0.0), "helps here"),
+        (row(0.1, 0.0, 0.05), "helps here"),
+        (row(0.1, -0.05, 0.05), "a trade here"),
+        (row(0.1, -0.05, 0.0), "holds entropy at a price"),
+        (row(0.1, 0.0, 0.0), "holds entropy at no shown price"),
+        (row(MATERIAL / 2, 0.0, 0.0), "does not help here"),  # shown, but immaterial
+        (row(-0.1, 0.0, 0.0), "does not help here"),
+        (row(0.0, -0.05, 0.0), "hurts here"),
+        (row(4.0, 0.05, 0.0, reward=0.01), "ruins the policy here"),
+        (row(0.1, 0.05, 0.05, sure=0.2), "does not help here"),  # no interval excludes 0
+        (row(0.1, 0.05, 0.05, sure=math.nan), "does not help here"),  # one seed shows nothing
+    ],
+)
+def test_verdict_follows_the_rules(given: Row, overall: str):
+    assert verdict(given, base_reward=0.12).overall == overall
+
+
+def test_verdict_of_a_ruined_policy_recommends_nothing():
+    assert verdict(row(4.0, 0.05, 0.0, reward=0.01), 0.12).good_for == ()
+
+
+def test_by_goal_names_a_goal_without_a_method():
+    found = verdicts(comparison(select(suite(), "compare")), base_reward=0.1)
+    assert [one.name for one in found] == ["kl-cov", "clip-cov"]
+    assert by_goal(found) == {"pass@1": ["kl-cov"], "pass@64": [], "holding entropy": ["kl-cov"]}
+    assert by_chance(found) == (6, pytest.approx(0.3))
