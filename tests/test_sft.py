@@ -204,3 +204,10 @@ def test_bad_input_is_one_line(
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_the_recipe_is_accepted_where_it_stands() -> None:
+    """Its bf16 needs no word more on a machine without an accelerator."""
+    recipe = Path(__file__).parents[1] / "recipes" / "mole_sft.yaml"
+    _, args, _ = parse_arguments(SFTConfig, ["--config", str(recipe)])
+    assert args.bf16 and args.use_cpu == (not torch.accelerator.is_available())

@@ -27,6 +27,8 @@ class SFTConfig(AdapterFields, trl.SFTConfig):
     def __post_init__(self) -> None:
         _ = self.mole_config  # which checks itself
         check_launch(os.environ, torch.accelerator.is_available())
+        # Without an accelerator there is one place to run; transformers would refuse bf16 instead of saying so.
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         check_precision(self)
         check_deepspeed(self)
