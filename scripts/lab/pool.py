@@ -3,10 +3,10 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,6 +16,8 @@ from .runs import RUNS, LabRun, finished, perform
 
 LOGS = RUNS.parent / "logs"
 AT_ONCE = 10  # runs of a worker, after which a fresh one takes its place
+
+Work = tuple[str, float, Callable[..., Path], tuple[Any, ...]]  # name, seconds, what makes it of what
 
 
 def conduct(runs: Sequence[LabRun], jobs: int) -> dict[str, str]:
@@ -28,49 +30,47 @@ def conduct(runs: Sequence[LabRun], jobs: int) -> dict[str, str]:
     total = sum(map(seconds, runs)) + len(bases) * BASE
     done = sum(map(seconds, runs)) - sum(map(seconds, missing))
     failed: dict[str, str] = {}
-    # `spawn`, since torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=AT_ONCE)
+    work: list[Work] = [(f"base-{one.path.name}", BASE, _make_base, (one,)) for one in bases]
+    work += [(_name(run), seconds(run), _make, (run, BASES[run.numbers].path)) for run in missing]
     bar = tqdm(
         total=round(total),
         initial=round(done),
         smoothing=0,  # the time left by the mean speed so far: runs end one by one, far apart
         unit="s",
         desc="lab",
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left  {postfix}",
+        bar_format="{desc} {percentage:3.0f}% |{bar:10}| {elapsed} gone, {remaining} left {postfix}",
     )
-    waiting: dict[Future[Path], tuple[str, float, BaseSettings | None]] = {}
+    with bar:
+        rest = work[len(bases) :]
+        batches = [work[: len(bases)], *(rest[at : at + jobs * AT_ONCE] for at in range(0, len(rest), jobs * AT_ONCE))]
+        for batch in batches:
+            _do(batch, jobs, bar, failed)
+    return failed
 
-    def submit(ready: Sequence[LabRun]) -> None:
-        for run in ready:
-            try:
-                waiting[pool.submit(_make, run, BASES[run.numbers].path)] = (_name(run), seconds(run), None)
-            except BrokenProcessPool:
-                failed[_name(run)] = "a worker process died before"
 
+def _do(work: Sequence[Work], jobs: int, bar: tqdm, failed: dict[str, str]) -> None:
+    """By fresh workers: an old one keeps a gigabyte. Executors can replace them, but then Python 3.11's may wait for
+    ever (cpython issue 115634).
+    """
+    # `spawn`, since torch's threads do not survive a fork.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
-        for base in bases:
-            waiting[pool.submit(_make_base, base)] = (f"base-{base.path.name}", BASE, base)
-        submit([run for run in missing if BASES[run.numbers] not in bases])
-        with bar:
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    name, worth, base_made = waiting.pop(future)
-                    error = future.exception()
-                    if error is not None:
-                        failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                        tqdm.write(f"{name} failed, see {LOGS}: {failed[name]}", file=sys.stderr)
-                    bar.set_postfix_str(name, refresh=False)
-                    bar.update(round(worth))
-                    if base_made is not None:  # without it, these say so themselves
-                        submit([run for run in missing if BASES[run.numbers] == base_made])
+        waiting = {pool.submit(make, *what): (name, worth) for name, worth, make, what in work}
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                name, worth = waiting.pop(future)
+                error = future.exception()
+                if error is not None:
+                    failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    tqdm.write(f"{name} failed, see {LOGS}: {failed[name]}", file=sys.stderr)
+                bar.set_postfix_str(name, refresh=False)
+                bar.update(round(worth))
     except BaseException:  # interrupted: what is half done is made again anyway
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return failed
 
 
 def _name(run: LabRun) -> str:
