@@ -64,6 +64,16 @@ def test_every_view_draws_what_a_real_training_recorded(browser: Browser, name: 
         assert browser.complaints() == []
 
 
+def test_band_alerts_and_the_alarms_limit_are_marked(browser: Browser) -> None:
+    with served(RECORDED) as address:
+        browser.open(f"{address}#run=grpo")
+        browser.drawn()
+        line = browser.run("return [...drawn][0].chart.getOption().series.find((one) => one.markLine && one.markArea)")
+    assert [end.get("yAxis") for end in line["markArea"]["data"][0]] == [0.5, 0.8]
+    assert [mark["xAxis"] for mark in line["markLine"]["data"] if "xAxis" in mark] == [30, 36, 46]
+    assert [mark["yAxis"] for mark in line["markLine"]["data"] if "yAxis" in mark] == [0.5]
+
+
 def test_a_report_is_the_same_page_without_a_server(browser: Browser, runs: Path, tmp_path: Path) -> None:
     page = write_report(runs / "everything", tmp_path / "report.html")
     browser.open(page.as_uri())

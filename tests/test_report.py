@@ -14,7 +14,7 @@ from dashboard_cases import HOSTILE, write_run
 from rlvr.errors import ConfigError
 from rlvr.monitor import METRICS, Recorder, read_tokens, write_report
 from rlvr.monitor.dashboard.answers import answer
-from rlvr.monitor.dashboard.library import Library
+from rlvr.monitor.dashboard.catalog import Catalog
 from rlvr.monitor.dashboard.page import SCRIPTS, STYLES, embedded, served_page, static_text
 from rlvr.monitor.payloads.numbers import to_json
 from rlvr.monitor.report import SAMPLE_BYTES, report_data
@@ -115,14 +115,14 @@ def test_report_holds_no_secret(page: str) -> None:
 def test_report_answers_what_a_server_would(reported: Path, page: str) -> None:
     """Whatever the page asks: the same names, and the same numbers, as from `rlvr dashboard`."""
     data = Parts(page).data
-    library = Library(reported)
+    catalog = Catalog(reported)
     assert data.keys() >= {"metrics", "runs"}
     for name in ("run", "series", "law", "agreement", "histograms", "positions", "router", "prompts"):
-        assert data[f"{name}?run=one"] == json.loads(answer(library, name, {"run": "one"}))
+        assert data[f"{name}?run=one"] == json.loads(answer(catalog, name, {"run": "one"}))
     assert data["tokens?run=one"] == {"steps": [1, 13, 23], "recorded_steps": 3}
     for step in (1, 13, 23):
         assert data[f"forks?run=one&step={step}"] == json.loads(
-            answer(library, "forks", {"run": "one", "step": str(step)})
+            answer(catalog, "forks", {"run": "one", "step": str(step)})
         )
         rows = data[f"tokens?run=one&step={step}"]["rows"]
         assert len(rows) == 6 and [row["reward"] for row in rows] == [0, 0, 0, 1, 1, 1]

@@ -18,6 +18,7 @@ from sinks_run import HOSTILE
 from test_imports import imports
 
 import rlvr
+from rlvr.alarm import Alert
 from rlvr.errors import ConfigError
 from rlvr.monitor.histograms import HISTOGRAMS
 from rlvr.trainers.sink_values import (
@@ -105,11 +106,18 @@ def test_numbers_that_are_not_known_are_none() -> None:
     assert made == [3, 0, "p", "c", None, None, None, 1]
 
 
+class Silent(Sink):
+    name = "wandb"
+
+    def log_alert(self, step: int, alert: Alert) -> None:
+        """Nobody is told."""
+
+
 def test_trackers_of_a_copied_directory_are_those_of_another_run(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine" / TRACKERS
-    one = Sink(SimpleNamespace())
-    one.name, one.file = "wandb", file
+    one = Silent(SimpleNamespace())
+    one.file = file
     one.remember("abc")
     assert _known(file)["wandb"] == "abc" and str(tmp_path) not in file.read_text()
     shutil.copytree(tmp_path / "mine", tmp_path / "copy")

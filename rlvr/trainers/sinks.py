@@ -8,6 +8,7 @@ continues the run that it had there. Of a system that `report_to` does not name,
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def check_report_to(args: Any) -> None:
             raise ConfigError(f"report_to={name!r}: its package is not installed; pip install it, or leave it out")
 
 
-class Sink:
+class Sink(ABC):
     """Mixed into transformers' callback of a system: what waits for the next log, and what the run is called there."""
 
     name: ClassVar[str]
@@ -81,8 +82,9 @@ class Sink:
         self.rows.clear()
         return taken
 
+    @abstractmethod
     def log_alert(self, step: int, alert: Alert) -> None:
-        raise NotImplementedError
+        """Tell of an alert of this step."""
 
 
 class WandbSink(Sink, WandbCallback):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlvr.monitor.dashboard.library import Library
+from rlvr.monitor.dashboard.catalog import Catalog
 from rlvr.monitor.payloads.curves import POINTS, agreement_payload, law_payload, series_payload
 from rlvr.monitor.payloads.details import histograms_payload, positions_payload, router_payload
 from rlvr.monitor.payloads.numbers import to_json
@@ -28,7 +28,7 @@ class BadQuestion(ValueError):
     """A parameter is not what it has to be; the message is a sentence for a person."""
 
 
-def answer(library: Library, name: str, parameters: Parameters) -> bytes:
+def answer(catalog: Catalog, name: str, parameters: Parameters) -> bytes:
     """The payload of this name, as JSON.
 
     Raises: NotThere for an unknown name, run or step; BadQuestion; ConfigError for a run with a damaged file.
@@ -36,17 +36,17 @@ def answer(library: Library, name: str, parameters: Parameters) -> bytes:
     if name == "metrics":
         return to_json(metrics_payload())
     if name == "runs":
-        return to_json(runs_payload(*library.rows(run_row), time.time()))
+        return to_json(runs_payload(*catalog.rows(run_row), time.time()))
     if name not in OF_RUN:
         raise NotThere(f"there is no api/{name}; there are metrics, runs, {', '.join(OF_RUN)}")
     if "run" not in parameters:
         raise BadQuestion(f"api/{name} needs run=ID, one of the ids of api/runs")
     try:
-        run = library.run(parameters["run"])
+        run = catalog.run(parameters["run"])
     except KeyError as error:
         raise NotThere(f"there is no run {parameters['run']!r} here") from error
     with run.history.lock:  # also while its numbers are written out: they are those of the run itself
-        return to_json(OF_RUN[name](run, library.look(run), parameters))
+        return to_json(OF_RUN[name](run, catalog.look(run), parameters))
 
 
 def _series(run: Watched, view: View, parameters: Parameters) -> Any:

@@ -17,8 +17,8 @@ from starlette.routing import Route
 
 from rlvr.errors import ConfigError
 from rlvr.monitor.dashboard.answers import BadQuestion, NotThere, answer
+from rlvr.monitor.dashboard.catalog import Catalog
 from rlvr.monitor.dashboard.guard import Guard
-from rlvr.monitor.dashboard.library import Library
 from rlvr.monitor.dashboard.page import KINDS, SCRIPTS, STYLES, served_page, static_text
 from rlvr.monitor.payloads.numbers import to_json
 
@@ -34,7 +34,7 @@ def dashboard(runs_dir: str | Path, host: str = "127.0.0.1", port: int = PORT) -
 
     Raises: ConfigError if there is no such directory, or if nothing can listen there.
     """
-    library = Library(runs_dir)
+    catalog = Catalog(runs_dir)
     try:
         with _listen(host, port) as listening:
             address, listened, *_ = listening.getsockname()
@@ -44,9 +44,9 @@ def dashboard(runs_dir: str | Path, host: str = "127.0.0.1", port: int = PORT) -
                 print(f"WARNING: {said}", file=sys.stderr)
             print(f"http://{shown}:{listened}/ shows the runs in {runs_dir} (Ctrl-C ends it)", flush=True)
             sys.setswitchinterval(SWITCH)
-            library.start()
+            catalog.start()
             config = uvicorn.Config(
-                app(library, None if host in ANY_HOST else [host]),
+                app(catalog, None if host in ANY_HOST else [host]),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
@@ -57,7 +57,7 @@ def dashboard(runs_dir: str | Path, host: str = "127.0.0.1", port: int = PORT) -
     except KeyboardInterrupt:  # which uvicorn raises again once all is closed
         pass
     finally:
-        library.stop()
+        catalog.stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -82,7 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def app(library: Library, hosts: list[str] | None) -> Guard:
+def app(catalog: Catalog, hosts: list[str] | None) -> Guard:
     """The application.   hosts: names that it answers under beside those of this machine; None for any."""
     files = {name: KINDS[name.rpartition(".")[2]] for name in (*STYLES, *SCRIPTS)}
 
@@ -96,7 +96,7 @@ def app(library: Library, hosts: list[str] | None) -> Guard:
         return _text(request, static_text(name), files[name])
 
     def api(request: Request) -> Response:
-        return _answer(library, request)
+        return _answer(catalog, request)
 
     routes = [Route("/", page), Route("/static/{name:path}", static), Route("/api/{name}", api)]
     middleware = [Middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)]
@@ -104,12 +104,12 @@ def app(library: Library, hosts: list[str] | None) -> Guard:
     return Guard(inner, hosts)  # around all of it, its own failures too
 
 
-def _answer(library: Library, request: Request) -> Response:
+def _answer(catalog: Catalog, request: Request) -> Response:
     """Runs in a thread of its own, as every route does that is no coroutine."""
     name = request.path_params["name"]
     try:
-        with library.first():
-            body = answer(library, name, request.query_params)
+        with catalog.first():
+            body = answer(catalog, name, request.query_params)
     except NotThere as error:
         return _said(str(error), 404)
     except BadQuestion as error:

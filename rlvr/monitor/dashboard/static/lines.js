@@ -136,7 +136,7 @@ class LineCard {
     if (line.min && numRuns <= FEW) result.push(ribbon(line, place, positive));
     const { band, marks } = this.panels[line.panel];
     if (band) main.markArea = bandArea(band(line.run));
-    if (marks) main.markLine = marks(line.run, context, line);
+    if (marks) main.markLine = marks(line.run, context);
     return result;
   }
 

@@ -10,7 +10,7 @@ const engineView = {
     let data = {};
     const alarms = h("div", {});
     root.append(h("section", { class: "card wide" }, h("header", {}, h("h3", {}, "Engine against trainer")), alarms));
-    const marks = (run, at, line) => alertMarks(details[run.id].alerts.filter((one) => one.kind === "mismatch"), at, line, data[run.id]);
+    const marks = (run, at) => alertMarks(details[run.id].alerts.filter((one) => one.kind === "mismatch"), at, data[run.id]);
     const kl = new LineCard(root, "KL from the sampler to the trainer", [{ unit: "nats", lines: lines(["mismatch/kl", "KL"]), marks }]);
     const cards = [
       new LineCard(root, "|trainer log-prob − engine log-prob|", [{ unit: "nats", lines: lines(["mismatch/abs_logp_mean", "mean"], ["mismatch/abs_logp_max", "largest"]) }], { note: "One token of another kind than the rest shows in the largest, a systematic difference in the mean." }),

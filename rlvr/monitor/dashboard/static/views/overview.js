@@ -29,19 +29,21 @@ function xOf(context, data, step) {
   return context.axis === "step" ? step : AXES[context.axis].of(data)[nearest(data.step, step)];
 }
 
-function alertMarks(alerts, context, line, data) {
+// limits: values at which the run's own alarm speaks, shown where the plot reaches them.
+function alertMarks(alerts, context, data, limits = []) {
   const [low, high] = context.range || [0, Infinity];
-  const placed = alerts.map((alert) => ({ xAxis: xOf(context, data, alert.step), step: alert.step, message: `${alert.kind}: ${alert.message}` }));
+  const placed = alerts.map((alert) => ({ xAxis: xOf(context, data, alert.step), title: `step ${alert.step}`, message: `${alert.kind}: ${alert.message}` }));
   const shown = placed.filter((mark) => mark.xAxis >= low && mark.xAxis <= high).slice(-MARKS);
-  if (!shown.length) return undefined;
+  const levels = limits.filter((value) => isNumber(value) && value > 0).map((value) => ({ yAxis: value, symbol: "none", lineStyle: { type: "dashed" }, title: "alarm", message: `limit of the entropy alarm: ${formatNumber(value)} nats` }));
+  if (!shown.length && !levels.length) return undefined;
   return {
     symbol: ["none", "pin"],
     symbolSize: 16,
     lineStyle: { color: theme.paint("bad"), type: "dotted", width: 1 },
     itemStyle: { color: theme.paint("bad") },
     label: { show: false },
-    tooltip: tooltipStyle({ trigger: "item", formatter: ({ data: mark }) => tooltip(`step ${mark.step}`, [{ name: mark.message, value: "" }]) }),
-    data: shown,
+    tooltip: tooltipStyle({ trigger: "item", formatter: ({ data: mark }) => tooltip(mark.title, [{ name: mark.message, value: "" }]) }),
+    data: [...shown, ...levels],
   };
 }
 
@@ -127,11 +129,11 @@ const overviewView = {
           unit: "nats",
           lines: lines(["entropy/mean", "entropy"]),
           band: (run) => details[run.id].band,
-          marks: (run, at, line) => alertMarks(details[run.id].alerts, at, line, data[run.id]),
+          marks: (run, at) => alertMarks(details[run.id].alerts, at, data[run.id], Object.values(details[run.id].alarm)),
         },
         { unit: "reward", linear: true, lines: lines(["reward/mean", "reward"]), extra: (run, at, series) => heldoutPoints(run, details[run.id], at, series) },
       ],
-      { wide: true, note: "Shaded: the band that the thermostat holds. Dotted: alerts. Diamonds: reward on held-out prompts." },
+      { wide: true, note: "Shaded: the band that the thermostat holds. Dotted: alerts; dashed: the limits of the entropy alarm. Diamonds: reward on held-out prompts." },
     );
     const cards = OVERVIEW.map(([title, panels, options]) => new LineCard(root, title, panels, options));
     const draw = lineCards(cards);

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 logger = logging.getLogger("rlvr.dashboard")
 
 
-class Library:
+class Catalog:
     """runs_dir: a directory of runs, at any depth down to DEPTH, or a run itself."""
 
     def __init__(self, runs_dir: str | Path, eager: int = EAGER) -> None:

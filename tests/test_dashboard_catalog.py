@@ -15,7 +15,7 @@ from dashboard_server import Server
 from rlvr.errors import ConfigError
 from rlvr.monitor import Recorder
 from rlvr.monitor.dashboard.answers import BadQuestion, NotThere, answer
-from rlvr.monitor.dashboard.library import Library, find_runs
+from rlvr.monitor.dashboard.catalog import Catalog, find_runs
 
 
 @pytest.fixture(scope="module")
@@ -73,40 +73,40 @@ def test_dashboard_follows_runs_that_come_grow_break_and_go(tmp_path: Path) -> N
 
 def test_dashboard_of_one_run_names_it_by_its_directory(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "mine", 2, features={})
-    library = Library(run_dir)
-    assert [run["id"] for run in json.loads(answer(library, "runs", {}))["runs"]] == ["mine"]
-    assert json.loads(answer(library, "run", {"run": "mine"}))["name"] == "mine"
+    catalog = Catalog(run_dir)
+    assert [run["id"] for run in json.loads(answer(catalog, "runs", {}))["runs"]] == ["mine"]
+    assert json.loads(answer(catalog, "run", {"run": "mine"}))["name"] == "mine"
 
 
 def test_an_answer_about_one_run_does_not_wait_for_another(runs_dir: Path) -> None:
-    library = Library(runs_dir)
-    answer(library, "runs", {})
-    busy = library.run("two")
+    catalog = Catalog(runs_dir)
+    answer(catalog, "runs", {})
+    busy = catalog.run("two")
     with busy.history.lock:  # as while it is read
         got: list[bytes] = []
-        asking = threading.Thread(target=lambda: got.append(answer(library, "series", {"run": "lab/one"})))
+        asking = threading.Thread(target=lambda: got.append(answer(catalog, "series", {"run": "lab/one"})))
         asking.start()
         asking.join(30)
         assert len(got) == 1
-        rows = json.loads(answer(library, "runs", {}))["runs"]  # the busy one as it was
+        rows = json.loads(answer(catalog, "runs", {}))["runs"]  # the busy one as it was
         assert [row["id"] for row in rows] == ["lab/one", "two"]
 
 
 def test_long_runs_are_sketched_at_once_and_read_in_the_background(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, 40, features={})
-    library = Library(tmp_path, eager=2000)
-    first = json.loads(answer(library, "runs", {}))["runs"]
+    catalog = Catalog(tmp_path, eager=2000)
+    first = json.loads(answer(catalog, "runs", {}))["runs"]
     assert [row["read"] < 1 for row in first] == [True, True] and [row["steps"] for row in first] == [40, 40]
-    library.start()
+    catalog.start()
     for _ in range(600):
-        rows = json.loads(answer(library, "runs", {}))["runs"]
+        rows = json.loads(answer(catalog, "runs", {}))["runs"]
         if all(row["read"] == 1 for row in rows):
             break
         time.sleep(0.05)
     assert [row["steps"] for row in rows] == [40, 40]
     assert all(row["version"] != before["version"] for row, before in zip(rows, first, strict=True))
-    library.stop()
+    catalog.stop()
 
 
 def test_a_long_run_that_is_damaged_does_not_stop_the_reading_of_others(tmp_path: Path) -> None:
@@ -114,15 +114,15 @@ def test_a_long_run_that_is_damaged_does_not_stop_the_reading_of_others(tmp_path
         write_run(tmp_path / name, 40, features={})
     lines = (tmp_path / "b" / "steps.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b" / "steps.jsonl").write_bytes(b"".join([*lines[:20], b"{torn\n", *lines[20:]]))
-    library = Library(tmp_path, eager=2000)
-    library.start()
+    catalog = Catalog(tmp_path, eager=2000)
+    catalog.start()
     for _ in range(600):
-        found = json.loads(answer(library, "runs", {}))
+        found = json.loads(answer(catalog, "runs", {}))
         if found["problems"] and all(row["read"] == 1 for row in found["runs"]):
             break
         time.sleep(0.05)
     assert [row["id"] for row in found["runs"]] == ["a", "c"] and "line 21 is damaged" in found["problems"][0]["error"]
-    library.stop()
+    catalog.stop()
 
 
 @pytest.mark.parametrize("text", ["[]", "7", '{"config": 3}', '{"resumed": 5}', '{"config": {"controls": 5}}', "{"])
@@ -130,19 +130,19 @@ def test_a_run_whose_settings_are_no_settings_is_a_problem_of_its_own(text: str,
     write_run(tmp_path / "good", 2, features={})
     write_run(tmp_path / "odd", 2, features={})
     (tmp_path / "odd" / "run.json").write_text(text)
-    found = json.loads(answer(Library(tmp_path), "runs", {}))
+    found = json.loads(answer(Catalog(tmp_path), "runs", {}))
     assert [row["id"] for row in found["runs"]] == ["good"]
     assert [problem["id"] for problem in found["problems"]] == ["odd"] and "\n" not in found["problems"][0]["error"]
 
 
 def test_answer_raises_what_a_person_can_read(runs_dir: Path) -> None:
-    library = Library(runs_dir)
+    catalog = Catalog(runs_dir)
     with pytest.raises(NotThere, match="there is no run 'x' here"):
-        answer(library, "law", {"run": "x"})
+        answer(catalog, "law", {"run": "x"})
     with pytest.raises(BadQuestion, match="points='many': must be a number"):
-        answer(library, "series", {"run": "two", "points": "many"})
+        answer(catalog, "series", {"run": "two", "points": "many"})
     with pytest.raises(ConfigError, match="is no directory"):
-        Library(runs_dir / "two" / "run.json")
+        Catalog(runs_dir / "two" / "run.json")
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
@@ -161,7 +161,7 @@ def test_find_runs_looks_four_folders_deep_and_into_no_run(tmp_path: Path) -> No
 def test_a_run_whose_folder_name_is_not_utf8_is_a_problem(tmp_path: Path) -> None:
     write_run(tmp_path / "good", 2, features={})
     os.rename(write_run(tmp_path / "odd", 2, features={}), os.fsencode(tmp_path) + b"/odd-\xff")
-    found = json.loads(answer(Library(tmp_path), "runs", {}))
+    found = json.loads(answer(Catalog(tmp_path), "runs", {}))
     assert [row["id"] for row in found["runs"]] == ["good"]
     said = "the folder name 'odd-?' is not UTF-8, so no address can name it; rename it"
     assert found["problems"] == [{"id": "odd-?", "error": said}]
