@@ -43,9 +43,9 @@ def watched(seed: int) -> Record:
     return record(seed=seed, part="probe", measured=measured, predicted=predicted, agreement=agreement)
 
 
-def exponential(seed: int, a: float = 1.2, b: float = 2.2) -> Record:
-    """Exactly on the law, over 40 rollouts."""
-    entropy = tuple(0.5 * math.exp(-i / (15 + seed)) + 0.1 for i in range(40))
+def exponential(seed: int, a: float = 1.2, b: float = 2.2, rollouts: int = 40) -> Record:
+    """Exactly on the law."""
+    entropy = tuple(0.5 * math.exp(-i / (15 + seed)) + 0.1 for i in range(rollouts))
     return record(seed=seed, entropy=entropy, reward=tuple(b - a * math.exp(h) for h in entropy))
 
 

@@ -228,6 +228,8 @@ def test_pool_makes_what_is_missing_and_says_what_failed(
     before = (good.path / "steps.jsonl").stat().st_mtime_ns
     assert list(conduct([good, bad], 1)) == ["compare-bad-seed0"]
     assert (good.path / "steps.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        conduct([tiny_run(learning_rate=1.0)], 1)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from lab_records import exponential, record, suite, watched
 
+from scripts.lab.figures import band
 from scripts.lab.intervals import Interval, correlation, front, interval, paired, roughness
+from scripts.lab.methods import BAND
 from scripts.lab.questions import (
     Compared,
     Row,
@@ -94,6 +96,7 @@ def test_law_finds_what_records_were_made_with():
     found = law(runs)
     assert (found.a.mean, found.b.mean) == (pytest.approx(1.2, abs=0.01), pytest.approx(2.2, abs=0.01))
     assert found.r2.mean > 0.9999 > found.r2_linear.mean
+    assert found.foresight
     for ahead in found.foresight:
         assert ahead.law.mean == pytest.approx(0.0, abs=1e-3)
         assert ahead.line.mean > 0.02  # exp(H) is flatter at low entropy than where the line was fitted
@@ -222,3 +225,20 @@ def test_by_goal_names_a_goal_without_a_method():
     assert [one.name for one in found] == ["kl-cov", "clip-cov"]
     assert by_goal(found) == {"pass@1": ["kl-cov"], "pass@64": [], "holding entropy": ["kl-cov"]}
     assert by_chance(found) == (6, pytest.approx(0.3))
+
+
+def test_spending_takes_seeds_of_different_lengths():
+    whole = record()
+    cut = replace(whole, made=whole.made[:15], reward=whole.reward[:15])
+    assert spending({0: whole, 1: cut}).curve == spending({0: cut, 1: cut}).curve
+
+
+def test_band_that_is_drawn_is_the_runs_own():
+    assert band(record()) == BAND
+    for spec in ({"low": 0.4, "high": 0.6}, '{"low": 0.4, "high": 0.6}'):
+        assert band(replace(record(), settings={"thermostat": spec})) == (0.4, 0.6)
+
+
+def test_nothing_is_predicted_from_fewer_rollouts_than_a_fit_needs():
+    shares = {n: [one.share for one in law({0: exponential(0, rollouts=n)}).foresight] for n in (30, 40, 100)}
+    assert shares == {30: [], 40: [0.35], 100: [0.15, 0.35]}

@@ -1,5 +1,6 @@
 """The figures of the page, each a function that draws on a given matplotlib figure."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from rlvr.law import fit_law
 from .drawing import Draw, Theme, style
 from .methods import BAND
 from .questions import REFERENCE, BySeed, Compared, Estimator, Row, Spending, pareto, shortest, window_means
+from .records import Record
 from .scatter import SCATTER, Setting
 
 MOST = 1.0  # nats: more than that has one color
@@ -21,13 +23,21 @@ def top(plain: BySeed) -> float:
     return 1.7 * max(record.entropy[0] for record in plain.values())
 
 
+def band(record: Record) -> tuple[float, float]:
+    """What the run's thermostat held, nats; the laboratory's where its settings do not say."""
+    spec = record.settings.get("thermostat")
+    spec = json.loads(spec) if isinstance(spec, str) else spec
+    return (spec["low"], spec["high"]) if spec else BAND
+
+
 def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Draw:
     """Entropy against the rollout: means over seeds and, for GRPO, each seed."""
 
     def draw(figure: Any, theme: Theme) -> None:
         axes = figure.subplots()
         if "thermostat" in methods:
-            axes.axhspan(*BAND, color=theme.grid, alpha=0.5, label="thermostat's band")
+            low, high = band(next(iter(methods["thermostat"].values())))
+            axes.axhspan(low, high, color=theme.grid, alpha=0.5, label="thermostat's band")
         for number, (name, runs) in enumerate(methods.items()):
             length = shortest(runs)
             entropy = np.array([record.entropy[:length] for record in runs.values()])

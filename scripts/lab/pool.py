@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .base import BaseSettings, base_model
 from .plan import BASE, BASES, bases_needed, seconds
-from .runs import RUNS, LabRun, finished, perform
+from .runs import RUNS, LabRun, is_made, perform
 
 LOGS = RUNS.parent / "logs"
 AT_ONCE = 10  # runs of a worker, after which a fresh one takes its place
@@ -24,8 +24,9 @@ def conduct(runs: Sequence[LabRun], jobs: int) -> dict[str, str]:
     """Make the bases and runs that are missing; returns what failed, by name, with the reason in a line.
 
     Output of a run goes to a file of LOGS. Interrupted, what is finished stays and the rest is made by the next call.
+    Raises: ConfigError if a run that is there has other settings than the plan's.
     """
-    missing = [run for run in runs if not finished(run)]
+    missing = [run for run in runs if not is_made(run, BASES[run.numbers].path)]
     bases = [settings for settings in bases_needed(missing) if not settings.path.exists()]
     total = sum(map(seconds, runs)) + len(bases) * BASE
     done = sum(map(seconds, runs)) - sum(map(seconds, missing))

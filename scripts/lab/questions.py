@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from rlvr.law import fit_law
+from rlvr.law import MIN_POINTS, fit_law
 
 from .intervals import Interval, correlation, front, interval, paired
 from .records import AGREEMENTS, Record
@@ -110,7 +110,7 @@ def law(runs: BySeed) -> Law:
         r2_linear=interval([fit.r2_linear for fit in fits]),
         a=interval([fit.a for fit in fits]),
         b=interval([fit.b for fit in fits]),
-        foresight=tuple(foresight(runs, share) for share in EARLY if shortest(runs) * share >= 5),
+        foresight=tuple(foresight(runs, share) for share in EARLY if round(shortest(runs) * share) >= MIN_POINTS),
     )
 
 
@@ -153,7 +153,8 @@ class Spending:
 
 
 def spending(runs: BySeed) -> Spending:
-    pairs = [(_shares(record.made), _shares(record.reward)) for record in runs.values()]
+    length = shortest(runs)
+    pairs = [(_shares(record.made[:length]), _shares(record.reward[:length])) for record in runs.values()]
 
     def reached(share: float, side: int) -> Interval:
         return interval([pair[side][max(round(share * len(pair[side])) - 1, 0)] for pair in pairs])

@@ -49,23 +49,26 @@ class LabRun:
 
 
 def perform(run: LabRun, base: Path) -> Path:
-    """Train and evaluate, unless the run is there already; returns its directory.
-
-    Raises: ConfigError if the directory holds a finished run of other settings.
-    """
-    wanted = described(run, base)
-    if finished(run):
-        held = read_run(run.path)["config"]
-        if any(held.get(name) != value for name, value in wanted.items()):
-            raise ConfigError(f"{run.path} holds a run with other settings: move it away, or choose another name")
+    """Train and evaluate, unless the run is there already; returns its directory. Raises: as `is_made`."""
+    if is_made(run, base):
         return run.path
     if run.path.exists():
         shutil.rmtree(run.path)  # interrupted; a run takes a minute and repeats exactly
-    trainer = make_trainer(run, base, wanted)
+    trainer = make_trainer(run, base, described(run, base))
     trainer.train()
     if run.samples:
         trainer.evaluate()
     return run.path
+
+
+def is_made(run: LabRun, base: Path) -> bool:
+    """Whether the run is finished. Raises: ConfigError if what is finished there is a run of other settings."""
+    if not finished(run):
+        return False
+    held = read_run(run.path)["config"]
+    if any(held.get(name) != value for name, value in described(run, base).items()):
+        raise ConfigError(f"{run.path} holds a run with other settings: move it away, or choose another name")
+    return True
 
 
 def finished(run: LabRun) -> bool:
