@@ -71,7 +71,9 @@ def test_band_alerts_and_the_alarms_limit_are_marked(browser: Browser) -> None:
         line = browser.run("return [...drawn][0].chart.getOption().series.find((one) => one.markLine && one.markArea)")
     assert [end.get("yAxis") for end in line["markArea"]["data"][0]] == [0.5, 0.8]
     assert [mark["xAxis"] for mark in line["markLine"]["data"] if "xAxis" in mark] == [30, 36, 46]
-    assert [mark["yAxis"] for mark in line["markLine"]["data"] if "yAxis" in mark] == [0.5]
+    assert [[end["coord"] for end in mark] for mark in line["markLine"]["data"] if isinstance(mark, list)] == [
+        [[0, 0.5], [48, 0.5]]
+    ]
 
 
 def test_a_report_is_the_same_page_without_a_server(browser: Browser, runs: Path, tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ function alertMarks(alerts, context, data, limits = []) {
   const [low, high] = context.range || [0, Infinity];
   const placed = alerts.map((alert) => ({ xAxis: xOf(context, data, alert.step), title: `step ${alert.step}`, message: `${alert.kind}: ${alert.message}` }));
   const shown = placed.filter((mark) => mark.xAxis >= low && mark.xAxis <= high).slice(-MARKS);
-  const levels = limits.filter((value) => isNumber(value) && value > 0).map((value) => ({ yAxis: value, symbol: ["none", "none"], lineStyle: { type: "dashed" }, title: "alarm", message: `limit of the entropy alarm: ${formatNumber(value)} nats` }));
+  const ends = [low, Math.min(high, AXES[context.axis].of(data).at(-1) ?? 0)];
+  const level = (value) => ends.map((x) => ({ coord: [x, value], symbol: "none", lineStyle: { type: "dashed" }, title: "alarm", message: `limit of the entropy alarm: ${formatNumber(value)} nats` }));
+  const levels = limits.filter((value) => isNumber(value) && value > 0).map(level);
   if (!shown.length && !levels.length) return undefined;
   return {
     symbol: ["none", "pin"],
