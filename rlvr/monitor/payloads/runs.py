@@ -55,11 +55,7 @@ def run_row(view: View) -> dict[str, Any]:
     left = seconds_left(view, spent, most)
     updated = last_time(table, view.evals) or view.run.get("finished") or view.started
     return {
-        "id": view.id,
-        "name": view.name,
-        "status": view.status.state,
-        "detail": view.status.detail,
-        "started": view.started,
+        **_head(view),
         "updated": updated,
         "steps": view.num_steps,
         "last_step": int(table.step[-1]) if table.count else 0,
@@ -77,6 +73,16 @@ def run_row(view: View) -> dict[str, Any]:
     }
 
 
+def _head(view: View) -> dict[str, Any]:
+    return {
+        "id": view.id,
+        "name": view.name,
+        "status": view.status.state,
+        "detail": view.status.detail,
+        "started": view.started,
+    }
+
+
 def run_payload(view: View) -> dict[str, Any]:
     """All that is known of a run beside its numbers over the training.
 
@@ -84,11 +90,7 @@ def run_payload(view: View) -> dict[str, Any]:
     """
     run, table = view.run, view.table
     return {
-        "id": view.id,
-        "name": view.name,
-        "status": view.status.state,
-        "detail": view.status.detail,
-        "started": view.started,
+        **_head(view),
         "finished": run.get("finished") if view.status.state != "running" else None,
         "error": run.get("error"),
         "commit": run.get("commit"),
