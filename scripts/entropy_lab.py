@@ -13,11 +13,14 @@ for CPUs does not support this model's heads of 24.
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # One thread that sleeps while it waits: results repeat exactly, and several processes do not fight over the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,6 +31,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from lab.methods import ALL
 
 from rlvr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lab.plan import Size
+    from lab.runs import LabRun
 
 OUT = Path("runs/lab")
 SETTING = (
@@ -40,9 +47,9 @@ def main() -> None:
     arguments = _parser().parse_args()
     os.chdir(Path(__file__).resolve().parents[1])
     from lab.page import write_page
-    from lab.plan import FULL, QUICK, plan, seconds
+    from lab.plan import FULL, QUICK, plan
     from lab.pool import conduct
-    from lab.records import load_records, read_others, read_record, write_records
+    from lab.records import Kept, load_kept, read_others, read_record, write_kept
     from lab.runs import finished
 
     size, out = (QUICK, OUT / "quick") if arguments.quick else (FULL, OUT)
@@ -56,31 +63,41 @@ def main() -> None:
     if arguments.page:
         if not kept.exists():
             raise ConfigError(f"{kept} is not there: make the runs first, without --page")
-        print(write_page(load_records(kept), {"records": str(kept), "setting": SETTING}, (), out))
+        print(write_page(load_kept(kept), out))
         return
     if arguments.read:
         records = read_others(arguments.read)
         if not records:
             raise ConfigError(f"--read {arguments.read}: holds no finished run in a directory METHOD-seedN")
-        print(write_page(records, {"runs": f"{len(records)} of {arguments.read}"}, (), arguments.read))
+        print(write_page(Kept(records, {"runs": f"{len(records)} of {arguments.read}"}), arguments.read))
         return
     started = time.monotonic()
     failed = conduct(runs, arguments.jobs)
     records = [read_record(run) for run in runs if finished(run)]
-    write_records(records, kept)
-    about = {
-        "setting": SETTING,
-        "runs": f"{len(records)} of {len(runs)}, {len(size.seeds)} seeds",
-        "a run": f"{size.rollouts} rollouts of 32 prompts x 8 completions, 4 updates each",
-        "held out": f"256 problems x {size.samples} samples",
-        "knobs": f"{len(size.knob_seeds)} seeds, {size.knob_rollouts} rollouts" if size.knob_methods else "not turned",
-        "planned": f"{sum(map(seconds, runs)) / 60:.0f} minutes of one idle core",
-        "this call": f"{(time.monotonic() - started) / 60:.0f} minutes with {arguments.jobs} processes",
-        "command": "python scripts/entropy_lab.py " + " ".join(sys.argv[1:]),
-    }
-    print(write_page(records, about, [f"{name}: {why}" for name, why in failed.items()], out))
+    took = f"{(time.monotonic() - started) / 60:.0f} minutes with {arguments.jobs} processes"
+    missing = [f"{name}: {why}" for name, why in failed.items()]
+    write_kept(Kept(records, _about(size, runs, len(records), took), missing), kept)
+    print(write_page(load_kept(kept), out))
     if failed:
         sys.exit(f"error: {len(failed)} of {len(runs)} runs failed; the page says which, call again to repeat them")
+
+
+def _about(size: "Size", runs: "Sequence[LabRun]", made: int, took: str) -> dict[str, str]:
+    """Facts of the suite, for its page."""
+    from lab.plan import seconds
+    from lab.runs import GROUP, HELD_OUT_PROMPTS, PROMPTS, UPDATES
+
+    turned = f"{len(size.knob_seeds)} seeds, {size.knob_rollouts} rollouts"
+    return {
+        "setting": SETTING,
+        "runs": f"{made} of {len(runs)}; seeds {', '.join(map(str, size.seeds))}",
+        "a run": f"{size.rollouts} rollouts of {PROMPTS} prompts x {GROUP} completions, {UPDATES} updates each",
+        "held out": f"{HELD_OUT_PROMPTS} problems x {size.samples} samples",
+        "knobs": turned if size.knob_methods else "not turned",
+        "planned": f"{sum(map(seconds, runs)) / 60:.0f} minutes of one idle core",
+        "this call": took,
+        "command": "python " + shlex.join(["scripts/entropy_lab.py", *sys.argv[1:]]),
+    }
 
 
 def _cores() -> int:

@@ -8,22 +8,22 @@ import pytest
 from lab_records import record, suite
 
 from scripts.lab.cells import Section, Table, compared, number, stated
+from scripts.lab.comparison import Compared
 from scripts.lab.intervals import Interval
 from scripts.lab.page import html, sections, write_page
-from scripts.lab.questions import Compared
-from scripts.lab.records import load_records, write_records
+from scripts.lab.records import Kept, load_kept, write_kept
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_records_survive_being_written(tmp_path: Path):
-    records = suite()
-    write_records(records, tmp_path / "records.json")
-    assert load_records(tmp_path / "records.json") == records
+    kept = Kept(suite(), {"runs": "12"}, ["grpo-seed9: it failed"])
+    write_kept(kept, tmp_path / "records.json")
+    assert load_kept(tmp_path / "records.json") == kept
 
 
 def test_page_is_one_file_with_both_themes(tmp_path: Path):
-    page = write_page(suite(), {"runs": "12"}, (), tmp_path).read_text()
+    page = write_page(Kept(suite(), {"runs": "12"}), tmp_path).read_text()
     assert not re.search(r"""(src|href|srcset)=["'](?!data:|#)""", page)  # nothing is fetched
     assert "<script" not in page and "prefers-color-scheme: dark" in page
     for anchor in ("collapse", "law", "spending", "methods", "estimators", "lengths", "knobs", "pareto"):
@@ -34,7 +34,7 @@ def test_page_is_one_file_with_both_themes(tmp_path: Path):
 
 
 def test_page_is_the_same_for_the_same_records(tmp_path: Path):
-    first, second = (write_page(suite(), {}, (), tmp_path / name).read_bytes() for name in ("a", "b"))
+    first, second = (write_page(Kept(suite(), {}), tmp_path / name).read_bytes() for name in ("a", "b"))
     assert first == second
 
 
@@ -48,7 +48,7 @@ def test_page_escapes_whatever_it_is_given():
 
 
 def test_page_without_runs_says_so(tmp_path: Path):
-    assert "nothing can be compared" in write_page([], {}, ["grpo-seed0: it failed"], tmp_path).read_text()
+    assert "nothing can be compared" in write_page(Kept([], {}, ["grpo-seed0: it failed"]), tmp_path).read_text()
     assert "missing: grpo-seed0: it failed" in (tmp_path / "report.html").read_text()
 
 
@@ -96,4 +96,5 @@ def test_differences_are_starred_where_the_interval_excludes_zero():
     sure, unsure = Interval(0.1, 0.05, 5), Interval(-0.1, 0.2, 5)
     assert compared(Compared(sure, sure)) == ("0.100 ± 0.050", "+0.100 ± 0.050 *")
     assert compared(Compared(unsure, unsure)) == ("-0.100 ± 0.200", "-0.100 ± 0.200")
+    assert compared(Compared(sure, Interval(0.0, 0.0, 5)), reference=True) == ("0.100 ± 0.050", "")
     assert stated(Interval(0.5, float("nan"), 1)) == "0.500"

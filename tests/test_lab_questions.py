@@ -8,22 +8,11 @@ import numpy as np
 import pytest
 from lab_records import exponential, record, suite, watched
 
+from scripts.lab.comparison import Compared, Row, comparison, dearer, pareto
 from scripts.lab.figures import band
 from scripts.lab.intervals import Interval, correlation, front, interval, paired, roughness
 from scripts.lab.methods import BAND
-from scripts.lab.questions import (
-    Compared,
-    Row,
-    at,
-    collapse,
-    comparison,
-    estimators,
-    foresight,
-    law,
-    pareto,
-    select,
-    spending,
-)
+from scripts.lab.questions import at, collapse, estimators, foresight, law, select, spending
 from scripts.lab.scatter import lengths, sensitivity
 from scripts.lab.verdicts import MATERIAL, by_chance, by_goal, verdict, verdicts
 
@@ -116,7 +105,7 @@ def test_foresight_is_wrong_where_the_law_changes():
 def test_spending_by_hand():
     """Windows of 5 have entropy .56, .46, .36, .26: shares 0, 1/3, 2/3, 1, and reward the same."""
     found = spending({0: record()})
-    assert found.at[0.25][0].mean == pytest.approx(0.0, abs=1e-12)
+    assert list(found.at) == [0.5]  # a third and less end with the first window, where nothing can be spent
     assert found.at[0.5][0].mean == pytest.approx(1 / 3, abs=1e-12)
     assert found.at[0.5][1].mean == pytest.approx(1 / 3, abs=1e-12)
     assert found.curve[-1] == pytest.approx((1.0, 1.0), abs=1e-12)
@@ -134,16 +123,13 @@ def test_comparison_pairs_seeds_and_counts_time():
     assert rows["kl-cov"].pass_at["1"].difference.mean == pytest.approx(0.102, abs=1e-9)
     assert rows["clip-cov"].pass_at["1"].difference.sign == -1
     assert rows["grpo"].pass_at["1"].difference.mean == 0.0
-    # It takes twice as long: of 20 rollouts it affords 10, and is then at the mean of rollouts 0 to 9, not 10 to 19.
-    slow = rows["kl-cov"]
-    assert slow.affordable == 10 and rows["grpo"].affordable == 20
-    assert slow.reward.difference.mean == pytest.approx(0.0, abs=1e-12)
-    assert slow.equal_compute.difference.mean == pytest.approx(-0.2, abs=1e-12)
+    assert (rows["kl-cov"].cost.mean, rows["clip-cov"].cost.mean, rows["grpo"].cost.mean) == (2.0, 1.0, 1.0)
+    assert dearer(list(rows.values())) == [rows["kl-cov"]]
 
 
 def test_pareto_by_hand():
     rows = comparison(select(suite(), "compare"))
-    assert pareto(rows) == ["kl-cov"]  # more entropy and pass@1 than the others, as much pass@16
+    assert pareto(rows, "16") == ["kl-cov"]  # more entropy and pass@1 than the others, as much pass@16
 
 
 def test_estimators_by_hand():
@@ -188,9 +174,8 @@ def row(entropy: float, one: float, many: float, reward: float = 0.7, sure: floa
         entropy=compared(entropy),
         pass_at={"1": compared(one), "16": compared(0.0), "64": compared(many)},
         reward=Compared(Interval(reward, 0.01, 5), Interval(0.0, 1.0, 5)),
-        equal_compute=compared(0.0),
-        affordable=100,
-        seconds=Interval(0.3, 0.0, 5),
+        rollouts=100,
+        cost=Interval(1.0, 0.0, 5),
         touched=0.1,
     )
 
@@ -224,7 +209,12 @@ def test_by_goal_names_a_goal_without_a_method():
     found = verdicts(comparison(select(suite(), "compare")), base_reward=0.1)
     assert [one.name for one in found] == ["kl-cov", "clip-cov"]
     assert by_goal(found) == {"pass@1": ["kl-cov"], "pass@64": [], "holding entropy": ["kl-cov"]}
-    assert by_chance(found) == (6, pytest.approx(0.3))
+
+
+def test_by_chance_counts_every_difference_to_grpo():
+    """Two methods with entropy, reward and three k each; two of KL-Cov's and Clip-Cov's pass@1 exclude 0."""
+    rows = comparison(select(suite(), "compare"))
+    assert by_chance(rows) == (10, 3, pytest.approx(0.5))
 
 
 def test_spending_takes_seeds_of_different_lengths():

@@ -1,12 +1,12 @@
-"""The sections on plain GRPO and on the comparison of methods."""
+"""The sections on plain GRPO."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from . import figures
-from .cells import Section, Table, compared, number, stated
+from .cells import Section, Table, stated
 from .claims import CLAIMS
 from .intervals import Interval
-from .questions import PASSES, BySeed, Row, collapse, law, spending
+from .questions import BySeed, collapse, law, spending
 
 
 def collapse_section(plain: BySeed, methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Section:
@@ -53,7 +53,7 @@ def law_section(plain: BySeed, methods: Mapping[str, BySeed], titles: Mapping[st
                 ahead,
                 ("Error: predicted less measured mean reward of the last 10 rollouts, for law and line at the entropy "
                  "that those rollouts had, which a forecast would not know. The ceiling is what the law says of "
-                 "H = 0.",),
+                 "H = 0. The 95 % interval is that of the fitted mean, without the noise of those ten rollouts.",),
             ),
             Table(
                 ("method", "R² of the law", "R² of a line", "a", "b"),
@@ -70,57 +70,15 @@ def law_section(plain: BySeed, methods: Mapping[str, BySeed], titles: Mapping[st
 def spending_section(plain: BySeed) -> Section:
     found = spending(plain)
     rows = tuple((f"{share:.0%}", stated(h), stated(r)) for share, (h, r) in found.at.items())
-    quarter = found.at[0.25]
+    share = 0.25 if 0.25 in found.at else max(found.at)
+    spent, made = found.at[share]
     return Section(
         anchor="spending",
         title="Which share of the entropy is spent in which share of the gain?",
-        answer=f"After a quarter of the run {stated(quarter[0])} of the entropy is spent and {stated(quarter[1])} of "
-        "the gain is made.",
+        answer=f"After {share:.0%} of the run {stated(spent)} of the entropy is spent and {stated(made)} of the gain "
+        "is made.",
         claim=CLAIMS["spending"],
         draw=figures.spent(found),
         tables=(Table(("of the run", "share of the entropy spent", "share of the gain made"), rows),),
-        notes=("Shares are of means over 5 rollouts, from the first such window to the last; the first five rollouts"
-               " are the learning rate's warmup.",),
-    )  # fmt: skip
-
-
-def comparison_section(rows: Sequence[Row], prompts: int, titles: Mapping[str, str]) -> Section:
-    ks = [k for k in PASSES if all(k in row.pass_at for row in rows)]
-    head = ["method", "seeds", "H at the end", "less GRPO"]
-    for k in ks:
-        head += [f"pass@{k}", "less GRPO"]
-    table = []
-    for row in rows:
-        cells = [titles[row.name], str(row.seeds), *compared(row.entropy)]
-        for k in ks:
-            cells += compared(row.pass_at[k])
-        table.append(tuple(cells))
-    compute = tuple(
-        (titles[row.name], number(row.seconds.mean, 3), *compared(row.reward), str(row.affordable),
-         *compared(row.equal_compute), f"{row.touched:.1%}")
-        for row in rows
-    )  # fmt: skip
-    held = [titles[row.name] for row in rows if row.entropy.difference.sign > 0]
-    return Section(
-        anchor="methods",
-        title="Which methods hold entropy, and what does it do to pass@1 and pass@k?",
-        answer=f"More entropy than GRPO at the end, with an interval that excludes 0: {', '.join(held) or 'none'}.",
-        claim=CLAIMS["methods"],
-        draw=figures.differences(rows, titles),
-        height=5.0,
-        tables=(
-            Table(tuple(head), tuple(table), (
-                "± is half of the 95 % interval over seeds (Student's t). Differences are paired: the same seed draws"
-                " the same problems. * : the interval excludes 0. All runs are asked the same held-out problems, "
-                f"{prompts} of them, so the intervals are for these.",)),
-            Table(
-                ("method", "s per rollout", "reward, equal samples", "less GRPO", "rollouts at equal compute",
-                 "reward, equal compute", "less GRPO", "tokens touched"),
-                compute,
-                ("Reward: mean of the last 10 rollouts, on training problems that are drawn anew. Equal compute: read "
-                 "after as many rollouts as fit into the time of the fastest method, by time/step; several runs share "
-                 "a machine, so differences of some percent in time are noise. Tokens touched: largest share that the "
-                 "clip or the control changed.",),
-            ),
-        ),
-    )  # fmt: skip
+        notes=("Shares are of means over 5 rollouts, from the first such window to the last.",),
+    )

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from .comparison import Compared
 from .drawing import Draw
 from .intervals import Interval
-from .questions import Compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ def stated(one: Interval, sign: bool = False) -> str:
     return mean if math.isnan(one.half) else f"{mean} ± {number(one.half)}"
 
 
-def compared(one: Compared) -> tuple[str, str]:
-    """Value, and difference to GRPO with a star where its interval excludes 0; nothing for GRPO itself."""
-    if one.difference.mean == one.difference.half == 0:
+def compared(one: Compared, reference: bool = False) -> tuple[str, str]:
+    """Value, and difference to GRPO with a star where its interval excludes 0.   reference: it is GRPO itself."""
+    if reference:
         return stated(one.value), ""
     return stated(one.value), stated(one.difference, sign=True) + (" *" if one.difference.sign else "")

@@ -9,9 +9,10 @@ import numpy as np
 
 from rlvr.law import fit_law
 
+from .comparison import PASSES, Compared, Row, pareto
 from .drawing import Draw, Theme, style
 from .methods import BAND
-from .questions import REFERENCE, BySeed, Compared, Estimator, Row, Spending, pareto, shortest, window_means
+from .questions import REFERENCE, BySeed, Estimator, Spending, shortest, window_means
 from .records import Record
 from .scatter import SCATTER, Setting
 
@@ -53,7 +54,7 @@ def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
                     alpha=0.2,
                     linewidth=0,
                 )
-        axes.set(xlabel="rollout (4 updates each)", ylabel="entropy (nats)", ylim=(0, top(methods[REFERENCE])))
+        axes.set(xlabel="rollout", ylabel="entropy (nats)", ylim=(0, top(methods[REFERENCE])))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     return draw
@@ -103,7 +104,7 @@ def spent(found: Spending) -> Draw:
 def differences(rows: Sequence[Row], titles: Mapping[str, str]) -> Draw:
     """Paired differences to GRPO with their intervals: entropy, pass@1 and the largest k."""
     shown = [row for row in rows if row.name != REFERENCE]
-    ks = [k for k in ("1", "16", "64") if all(k in row.pass_at for row in rows)]
+    ks = [k for k in PASSES if all(k in row.pass_at for row in rows)]
     panels = [("entropy (nats)", [row.entropy for row in shown])]
     panels += [(f"pass@{k}", [row.pass_at[k] for row in shown]) for k in dict.fromkeys((ks[0], ks[-1]) if ks else ())]
 
@@ -211,7 +212,7 @@ def knobs(found: Mapping[str, Sequence[Setting]], titles: Mapping[str, str], fie
     return draw
 
 
-def pareto_plot(rows: Sequence[Row], titles: Mapping[str, str], k: str = "16") -> Draw:
+def pareto_plot(rows: Sequence[Row], titles: Mapping[str, str], k: str) -> Draw:
     """pass@1 against pass@k, entropy as color; methods of the front are ringed."""
 
     def draw(figure: Any, theme: Theme) -> None:
@@ -225,7 +226,8 @@ def pareto_plot(rows: Sequence[Row], titles: Mapping[str, str], k: str = "16") -
                 [v.mean for v in y],
                 **{side: [np.nan_to_num(v.half) for v in values]},
                 fmt="none",
-                ecolor=theme.grid,
+                ecolor=theme.ink,
+                alpha=0.3,
                 elinewidth=1,
             )
         dots = axes.scatter(

@@ -1,16 +1,14 @@
-"""The sections on estimators, lengths and knobs, and what follows for the choice of a method."""
+"""The sections on estimators, lengths and knobs."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 from . import figures
 from .cells import Section, Table, compared, number, signed, stated
 from .claims import CLAIMS
-from .methods import ALL, METHODS, Method, Settings
-from .questions import REFERENCE, BySeed, Row, estimators, pareto
+from .methods import METHODS
+from .questions import REFERENCE, BySeed, estimators
 from .records import Record
 from .scatter import SCATTER, lengths, sensitivity
-from .verdicts import RULES, by_chance, by_goal, verdicts
 
 
 def estimators_section(watched: BySeed) -> Section:
@@ -88,52 +86,3 @@ def sensitivity_section(records: Sequence[Record], titles: Mapping[str, str]) ->
         tables=(Table(("method", "knob", "value", "seeds", "H (range over seeds)", "reward"), tuple(rows)),),
         notes=(f"Fewer seeds than above and {length} rollouts: ranges, no intervals, and no held-out evaluation.",),
     )
-
-
-def pareto_section(rows: Sequence[Row], titles: Mapping[str, str]) -> Section:
-    k = "16" if all("16" in row.pass_at for row in rows) else "1"
-    names = [titles[name] for name in pareto(rows, k)]
-    return Section(
-        anchor="pareto",
-        title=f"Which methods are not beaten in pass@1, pass@{k} and entropy at once?",
-        answer=f"By their means: {', '.join(names) or 'none'}.",
-        claim=CLAIMS["pareto"],
-        draw=figures.pareto_plot(rows, titles, k),
-        height=5.0,
-        notes=("Bars are 95 % intervals over seeds. A method may stand on the front by chance: see the intervals.",),
-    )
-
-
-def recommendation_section(rows: Sequence[Row], methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Section:
-    plain = methods[REFERENCE]
-    used = {name: next(iter(runs.values())).settings for name, runs in methods.items()}
-    base = sum(record.reward[0] for record in plain.values()) / len(plain)
-    found = verdicts(rows, base)
-    made, chance = by_chance(found)
-    table = tuple(
-        (titles[one.name], one.overall, ", ".join(one.good_for) or "nothing shown", "; ".join(one.effects),
-         *_settings(ALL[one.name], used[one.name]))
-        for one in found
-    )  # fmt: skip
-    goals = tuple(
-        (goal, ", ".join(titles[name] for name in names) or "none shown") for goal, names in by_goal(found).items()
-    )
-    return Section(
-        anchor="recommendation",
-        title="Which method when?",
-        answer="; ".join(f"for {goal}: {names}" for goal, names in goals) + ".",
-        claim=CLAIMS["recommendation"],
-        tables=(
-            Table(("goal", "methods with a shown gain over GRPO"), goals),
-            Table(("method", "here", "use it for", "shown effects, less GRPO", "setting here", "scaled",
-                   "the papers' setting and claim, at their scale"), table),
-        ),
-        notes=(*RULES, f"{made} comparisons were made; about {chance:.1f} of them exclude 0 by chance alone.",
-               "Nothing here is said of other models, other tasks or longer runs than those at the top of this page."),
-    )  # fmt: skip
-
-
-def _settings(method: Method, used: Settings) -> tuple[str, str, str]:
-    recipe = f"recipes/{method.recipe}: " if method.recipe else ""
-    claim = f"{recipe}{method.claim} ({method.source})" if method.claim else method.source
-    return json.dumps(used), method.scaled or "no", claim

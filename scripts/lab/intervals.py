@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from rlvr.law import student_quantile
-
-CONFIDENCE = 0.95
+from rlvr.law import CONFIDENCE, student_quantile
 
 
 @dataclass(frozen=True, slots=True)

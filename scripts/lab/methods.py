@@ -10,21 +10,16 @@ from typing import Any
 
 Settings = Mapping[str, Any]
 BAND = (0.35, 0.45)  # nats, that the thermostats hold
+PPO = {"critic_learning_rate": 3e-4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """field: as the page calls it.   values: three, the middle or another one being the method's own.   settings: the
-    trainer's fields, by value, of those that are not the method's own.
-    """
+    """field: as the page calls it.   own: the method's value.   settings: the trainer's fields by other values."""
 
     field: str
     own: float
     settings: Mapping[float, Settings]
-
-    @property
-    def values(self) -> list[float]:
-        return sorted([self.own, *self.settings])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +211,7 @@ METHODS: dict[str, Method] = {
     "ppo": Method(
         title="PPO",
         algorithm="ppo",
-        settings={"critic_learning_rate": 3e-4},
+        settings=PPO,
         source="arXiv 1707.06347",
         claim="no comparison with GRPO in numbers",
         recipe="ppo.yaml",
@@ -225,7 +220,6 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-PPO = {"critic_learning_rate": 3e-4}
 # Of earlier experiments (LOG.md); no part of the suite: --methods makes them.
 EXTRA: dict[str, Method] = {
     name: Method(title=name, settings=settings, claim="", source="LOG.md", algorithm=algorithm)

@@ -10,19 +10,15 @@ from typing import Any
 
 import jinja2
 
-from .answers import collapse_section, comparison_section, law_section, spending_section
+from .answers import collapse_section, law_section, spending_section
 from .cells import Section
+from .choice import comparison_section, pareto_section, recommendation_section
+from .comparison import comparison, row
 from .drawing import DARK, LIGHT, render
-from .findings import (
-    estimators_section,
-    lengths_section,
-    pareto_section,
-    recommendation_section,
-    sensitivity_section,
-)
+from .findings import estimators_section, lengths_section, sensitivity_section
 from .methods import ALL
-from .questions import REFERENCE, comparison, select
-from .records import Record
+from .questions import REFERENCE, WINDOW, select, shortest
+from .records import Kept, Record
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -34,11 +30,12 @@ def sections(records: Sequence[Record]) -> list[Section]:
         return []
     titles = {name: ALL[name].title for name in ALL}
     plain, rows = methods[REFERENCE], comparison(methods)
+    equal = [row(name, runs, plain) for name, runs in select(records, "compute").items()]
     found = [
         collapse_section(plain, methods, titles),
         law_section(plain, methods, titles),
-        spending_section(plain),
-        comparison_section(rows, max(record.prompts for record in plain.values()), titles),
+        *([spending_section(plain)] if shortest(plain) > 2 * WINDOW else []),
+        comparison_section(rows, equal, max(record.prompts for record in plain.values()), titles),
     ]
     if watched := select(records, "probe").get(REFERENCE):
         found.append(estimators_section(watched))
@@ -47,17 +44,14 @@ def sections(records: Sequence[Record]) -> list[Section]:
         found.append(lengths_section(varied, titles))
     if any(record.part == "knob" for record in records):
         found.append(sensitivity_section(records, titles))
-    if len(rows) > 1:
+    if len(rows) > 1 and all("1" in row.pass_at for row in rows):
         found += [pareto_section(rows, titles), recommendation_section(rows, methods, titles)]
     return found
 
 
-def write_page(records: Sequence[Record], about: Mapping[str, str], missing: Sequence[str], out: Path) -> Path:
-    """report.html and figures/*.png in the directory; returns the page.
-
-    about: facts of the suite, by name.   missing: runs that failed, a line each.
-    """
-    found = sections(records)
+def write_page(kept: Kept, out: Path) -> Path:
+    """report.html and figures/*.png in the directory; returns the page."""
+    found = sections(kept.records)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     pictures: dict[str, tuple[str, str]] = {}
     for section in found:
@@ -66,7 +60,7 @@ def write_page(records: Sequence[Record], about: Mapping[str, str], missing: Seq
             (out / "figures" / f"{section.anchor}.png").write_bytes(light)
             pictures[section.anchor] = (_inline(light), _inline(render(section.draw, DARK, section.height)))
     page = out / "report.html"
-    page.write_text(html(found, about, missing, pictures), encoding="utf-8")
+    page.write_text(html(found, kept.about, kept.missing, pictures), encoding="utf-8")
     return page
 
 

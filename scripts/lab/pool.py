@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -15,7 +17,8 @@ from .plan import BASE, BASES, bases_needed, seconds
 from .runs import RUNS, LabRun, is_made, perform
 
 LOGS = RUNS.parent / "logs"
-AT_ONCE = 10  # runs of a worker, after which a fresh one takes its place
+TICK = 1.0 if sys.stderr.isatty() else 60.0  # seconds between two looks of the progress bar at the clock
+AT_ONCE = 20  # runs of a worker, after which a fresh one takes its place
 
 Work = tuple[str, float, Callable[..., Path], tuple[Any, ...]]  # name, seconds, what makes it of what
 
@@ -42,36 +45,57 @@ def conduct(runs: Sequence[LabRun], jobs: int) -> dict[str, str]:
         bar_format="{desc} {percentage:3.0f}% |{bar:10}| {elapsed} gone, {remaining} left {postfix}",
     )
     with bar:
-        rest = work[len(bases) :]
-        batches = [work[: len(bases)], *(rest[at : at + jobs * AT_ONCE] for at in range(0, len(rest), jobs * AT_ONCE))]
-        for batch in batches:
-            _do(batch, jobs, bar, failed)
+        _do(work[: len(bases)], jobs, bar, failed)  # that everything else waits for
+        _do(work[len(bases) :], jobs, bar, failed)
     return failed
 
 
 def _do(work: Sequence[Work], jobs: int, bar: tqdm, failed: dict[str, str]) -> None:
-    """By fresh workers: an old one keeps a gigabyte. Executors can replace them, but then Python 3.11's may wait for
-    ever (cpython issue 115634).
-    """
-    # `spawn`, since torch's threads do not survive a fork.
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    """One worker per thread, replaced after AT_ONCE pieces of work: an old one keeps a gigabyte."""
+    todo: SimpleQueue[Work] = SimpleQueue()
+    for what in work:
+        todo.put(what)
+    done: SimpleQueue[tuple[str, float, BaseException | None]] = SimpleQueue()
+    for _ in range(jobs):
+        Thread(target=_take, args=(todo, done), daemon=True).start()
     try:
-        waiting = {pool.submit(make, *what): (name, worth) for name, worth, make, what in work}
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                name, worth = waiting.pop(future)
-                error = future.exception()
-                if error is not None:
-                    failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                    tqdm.write(f"{name} failed, see {LOGS}: {failed[name]}", file=sys.stderr)
-                bar.set_postfix_str(name, refresh=False)
-                bar.update(round(worth))
+        left = len(work)
+        while left:
+            try:
+                name, worth, error = done.get(timeout=TICK)
+            except Empty:
+                bar.refresh()
+                continue
+            left -= 1
+            if error is not None:
+                failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                tqdm.write(f"{name} failed, see {LOGS}: {failed[name]}", file=sys.stderr)
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(round(worth))
     except BaseException:  # interrupted: what is half done is made again anyway
+        while not todo.empty():
+            todo.get()
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _take(todo: "SimpleQueue[Work]", done: "SimpleQueue[tuple[str, float, BaseException | None]]") -> None:
+    """Does what is to be done by one worker at a time. An executor could replace its workers by itself, but then
+    Python 3.11's may wait for ever (cpython issue 115634).
+    """
+    while not todo.empty():
+        # `spawn`, since torch's threads do not survive a fork.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for _ in range(AT_ONCE):
+                try:
+                    name, worth, make, what = todo.get_nowait()
+                except Empty:
+                    return
+                error = pool.submit(make, *what).exception()
+                done.put((name, worth, error))
+                if isinstance(error, BrokenExecutor):
+                    break  # the worker was killed, such as for memory: the next takes a fresh one
 
 
 def _name(run: LabRun) -> str:

@@ -1,4 +1,4 @@
-"""What the records answer, as numbers with intervals over seeds. Pure: records in, dataclasses out."""
+"""What the records say of plain GRPO, of the law and of the estimators. Pure: records in, dataclasses out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,14 @@ import numpy as np
 
 from rlvr.law import MIN_POINTS, fit_law
 
-from .intervals import Interval, correlation, front, interval, paired
-from .records import AGREEMENTS, Record
+from .intervals import Interval, correlation, interval
+from .records import AGREEMENTS, Record, means
 
 REFERENCE = "grpo"
 SHARES = (0.10, 0.25, 0.50, 1.0)
 WINDOW = 5  # rollouts that are averaged: which problems a rollout draws moves its reward by about .05
 LATE = 10  # rollouts at the end, whose mean is the reward of a run
 EARLY = (0.15, 0.35)  # of the rollouts, from which the final reward is predicted
-PASSES = ("1", "16", "64")
 SPENT_AT = (1 / 12, 0.25, 1 / 3, 0.5)  # of the run; the first and the third are the paper's 200 and 800 of 2400 steps
 
 BySeed = Mapping[int, Record]
@@ -42,8 +41,8 @@ def at(values: Sequence[float], share: float) -> float:
     return fmean(values[max(0, end - WINDOW) : end])
 
 
-def window_means(values: Sequence[float]) -> list[float]:
-    return [fmean(values[start : start + WINDOW]) for start in range(0, len(values), WINDOW)]
+def window_means(values: Sequence[float]) -> tuple[float, ...]:
+    return means(values, WINDOW)
 
 
 # ------------------------------------------------------------------------------------------------------- collapse
@@ -78,7 +77,7 @@ class Foresight:
 
     law, line: of R = -a exp(H) + b and of a line in H, each at the entropy that those rollouts had.   ceiling: b - a,
     at H = 0, less that reward.   last: what the first part's last 10 rollouts earned, as prediction.   size: mean
-    |law|.   covered: share of the seeds whose reward lies in the law's 95 % interval.
+    |law|.   covered: share of the seeds whose reward lies in the 95 % interval of the fitted mean.
     """
 
     share: float
@@ -156,112 +155,24 @@ def spending(runs: BySeed) -> Spending:
     length = shortest(runs)
     pairs = [(_shares(record.made[:length]), _shares(record.reward[:length])) for record in runs.values()]
 
-    def reached(share: float, side: int) -> Interval:
-        return interval([pair[side][max(round(share * len(pair[side])) - 1, 0)] for pair in pairs])
-
     curve = np.mean([np.stack(pair, axis=1) for pair in pairs], axis=0)
+    # The window that ends nearest to a share; before the second one nothing can be spent.
+    windows = {share: round(share * len(curve)) - 1 for share in SPENT_AT}
+
+    def reached(window: int, side: int) -> Interval:
+        return interval([pair[side][window] for pair in pairs])
+
     return Spending(
-        {share: (reached(share, 0), reached(share, 1)) for share in SPENT_AT},
+        {share: (reached(window, 0), reached(window, 1)) for share, window in windows.items() if window > 0},
         tuple((float(h), float(r)) for h, r in curve),
     )
 
 
 def _shares(values: Sequence[float]) -> list[float]:
     """(value - first) / (last - first) of means over 5 rollouts; NaN if the first and the last are the same."""
-    means = window_means(values)
-    whole = means[-1] - means[0]
-    return [(value - means[0]) / whole if whole else math.nan for value in means]
-
-
-# ----------------------------------------------------------------------------------------------------- comparison
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """A quantity of a method, and its paired difference to GRPO with the same seeds."""
-
-    value: Interval
-    difference: Interval
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A method over its seeds. entropy: nats, at the end.   pass_at: held out, by k.   reward: of the last 10
-    rollouts.   equal_compute: the same after as many rollouts as fit into the time of the fastest method, `affordable`
-    of them.   seconds: of a rollout with its steps, median over rollouts.   touched: largest share of tokens that clip
-    or control changed.
-    """
-
-    name: str
-    seeds: int
-    entropy: Compared
-    pass_at: dict[str, Compared]
-    reward: Compared
-    equal_compute: Compared
-    affordable: int
-    seconds: Interval
-    touched: float
-
-
-def comparison(methods: Mapping[str, BySeed]) -> list[Row]:
-    """Rows in the order of the methods, GRPO among them."""
-    cost = {name: median([x for record in runs.values() for x in record.seconds]) for name, runs in methods.items()}
-    cheapest = min(cost.values())
-    reference = methods[REFERENCE]
-
-    def affordable(name: str) -> int:
-        return max(int(shortest(methods[name]) * cheapest / cost[name] + 1e-9), 1)
-
-    equal = {
-        name: {seed: late(record.reward[: affordable(name)]) for seed, record in runs.items()}
-        for name, runs in methods.items()
-    }
-    rows = []
-    for name, runs in methods.items():
-        rows.append(
-            Row(
-                name=name,
-                seeds=len(runs),
-                entropy=compared(_final_entropy(runs), _final_entropy(reference)),
-                pass_at={
-                    k: compared(_passes(runs, k), _passes(reference, k))
-                    for k in PASSES
-                    if all(k in record.pass_at for record in runs.values())
-                },
-                reward=compared(
-                    {seed: late(record.reward) for seed, record in runs.items()},
-                    {seed: late(record.reward) for seed, record in reference.items()},
-                ),
-                equal_compute=compared(equal[name], equal[REFERENCE]),
-                affordable=affordable(name),
-                seconds=interval([median(record.seconds) for record in runs.values()]),
-                touched=max((x for record in runs.values() for x in record.touched.values()), default=0.0),
-            )
-        )
-    return rows
-
-
-def compared(values: Mapping[int, float], reference: Mapping[int, float]) -> Compared:
-    return Compared(interval(list(values.values())), paired(values, reference))
-
-
-def _final_entropy(runs: BySeed) -> dict[int, float]:
-    return {seed: at(record.entropy, 1.0) for seed, record in runs.items()}
-
-
-def _passes(runs: BySeed, k: str) -> dict[int, float]:
-    return {seed: record.pass_at[k] for seed, record in runs.items() if k in record.pass_at}
-
-
-def pareto(rows: Sequence[Row], k: str = "16") -> list[str]:
-    """Methods that no other beats in pass@1, pass@k and entropy at once, by their means."""
-    return front(
-        {
-            row.name: (row.pass_at["1"].value.mean, row.pass_at[k].value.mean, row.entropy.value.mean)
-            for row in rows
-            if {"1", k} <= row.pass_at.keys()
-        }
-    )
+    windows = window_means(values)
+    whole = windows[-1] - windows[0]
+    return [(value - windows[0]) / whole if whole else math.nan for value in windows]
 
 
 # ----------------------------------------------------------------------------------------------------- estimators

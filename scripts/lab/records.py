@@ -91,10 +91,10 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
         seed=run.seed,
         settings=run.settings,
         numbers=run.numbers,
-        entropy=_by_rollout(of("entropy/mean"), updates),
+        entropy=means(of("entropy/mean"), updates),
         made=tuple(entropy for entropy, _ in points),
         reward=tuple(reward for _, reward in points),
-        seconds=tuple(x * updates for x in _by_rollout(of("time/step"), updates)),
+        seconds=tuple(x * updates for x in means(of("time/step"), updates)),
         grad_norm=of("optim/grad_norm"),
         update_seconds=of("time/update"),
         tokens=of("policy/tokens"),
@@ -111,17 +111,28 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
     )
 
 
-def _by_rollout(values: Sequence[float], updates: int) -> tuple[float, ...]:
-    return tuple(fmean(values[start : start + updates]) for start in range(0, len(values), updates))
+def means(values: Sequence[float], size: int) -> tuple[float, ...]:
+    """Of `size` values each, one after the other; the last of what is left."""
+    return tuple(fmean(values[start : start + size]) for start in range(0, len(values), size))
 
 
-def write_records(records: Sequence[Record], path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a page is made of. about: facts of the suite, by name.   missing: runs that failed, a line each."""
+
+    records: Sequence[Record]
+    about: Mapping[str, str]
+    missing: Sequence[str] = ()
+
+
+def write_kept(kept: Kept, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(record) for record in records]) + "\n")
+    path.write_text(json.dumps(asdict(kept)) + "\n")
 
 
-def load_records(path: Path) -> list[Record]:
-    """What `write_records` wrote."""
+def load_kept(path: Path) -> Kept:
+    """What `write_kept` wrote."""
     tuples = {f.name for f in fields(Record) if str(f.type).startswith("tuple")}
-    rows = json.loads(path.read_text())
-    return [Record(**{k: tuple(v) if k in tuples else v for k, v in row.items()}) for row in rows]
+    held = json.loads(path.read_text())
+    records = [Record(**{k: tuple(v) if k in tuples else v for k, v in row.items()}) for row in held["records"]]
+    return Kept(records, held["about"], held["missing"])

@@ -65,8 +65,8 @@ def is_made(run: LabRun, base: Path) -> bool:
     """Whether the run is finished. Raises: ConfigError if what is finished there is a run of other settings."""
     if not finished(run):
         return False
-    held = read_run(run.path)["config"]
-    if any(held.get(name) != value for name, value in described(run, base).items()):
+    held, wanted = read_run(run.path)["config"], {**described(run, base), **setting(run)}
+    if any(held.get(name) != value for name, value in wanted.items()):
         raise ConfigError(f"{run.path} holds a run with other settings: move it away, or choose another name")
     return True
 
@@ -106,7 +106,14 @@ def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> Poli
 
 def config(run: LabRun) -> PolicyConfig:
     """The laboratory's setting, with what the run changes."""
-    common: dict[str, Any] = {
+    return TRAINERS[run.algorithm].config_class(
+        output_dir=str(run.path), report_to="none", **{**setting(run), **run.settings}
+    )
+
+
+def setting(run: LabRun) -> dict[str, Any]:
+    """Fields of the trainer's configuration that the run does not set itself."""
+    common = {
         "num_generations": GROUP,
         "per_device_train_batch_size": PROMPTS * GROUP // UPDATES,
         "steps_per_generation": UPDATES,
@@ -125,7 +132,6 @@ def config(run: LabRun) -> PolicyConfig:
         "bf16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
-        "report_to": "none",
         "disable_tqdm": True,
     }
-    return TRAINERS[run.algorithm].config_class(output_dir=str(run.path), **{**common, **run.settings})
+    return {name: value for name, value in common.items() if name not in run.settings}

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .comparison import Compared, compared
 from .intervals import Interval, interval, roughness
 from .methods import METHODS
-from .questions import REFERENCE, BySeed, Compared, at, compared, late
+from .questions import REFERENCE, BySeed, at, late
 from .records import Record
 
 SCATTER = {"tokens": "tokens of a step", "grad_norm": "norm of the gradient", "update_seconds": "time of an update"}

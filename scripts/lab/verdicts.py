@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .questions import REFERENCE, Compared, Row
+from rlvr.law import CONFIDENCE
+
+from .comparison import Compared, Row
+from .questions import REFERENCE
 
 MATERIAL = 0.02  # nats, by which a method must hold entropy to be said to hold it
 
@@ -34,15 +37,19 @@ def verdict(row: Row, base_reward: float) -> Verdict:
     signs = {what: one.difference.sign for what, one in quantities.items()}
     better = tuple(what for what, sign in signs.items() if sign > 0)
     worse = tuple(what for what, sign in signs.items() if sign < 0)
-    holds = row.entropy.difference.sign > 0 and row.entropy.difference.mean >= MATERIAL
     effects = (
         _effect("entropy", row.entropy, " nats"),
         *(_effect(what, one, "") for what, one in quantities.items()),
     )
-    overall = _overall(row.reward.value.mean < base_reward, holds, bool(better), bool(worse))
+    overall = _overall(row.reward.value.mean < base_reward, holds(row), bool(better), bool(worse))
     ruined = overall == "ruins the policy here"
-    good_for = (*better, *(("holding entropy",) if holds else ()))
+    good_for = (*better, *(("holding entropy",) if holds(row) else ()))
     return Verdict(row.name, overall, effects, () if ruined else good_for)
+
+
+def holds(row: Row) -> bool:
+    """Whether it holds entropy, by RULES."""
+    return row.entropy.difference.sign > 0 and row.entropy.difference.mean >= MATERIAL
 
 
 def quality(row: Row) -> dict[str, Compared]:
@@ -82,7 +89,12 @@ def by_goal(found: Sequence[Verdict]) -> dict[str, list[str]]:
     return {goal: [one.name for one in found if goal in one.good_for] for goal in goals}
 
 
-def by_chance(found: Sequence[Verdict]) -> tuple[int, float]:
-    """(comparisons made, how many of them are expected to exclude 0 though nothing differs)."""
-    made = sum(len(one.effects) for one in found)
-    return made, 0.05 * made
+def by_chance(rows: Sequence[Row]) -> tuple[int, int, float]:
+    """(differences to GRPO whose intervals were looked at, how many exclude 0, how many would if nothing differed)."""
+    looked_at = [
+        one.difference.sign
+        for row in rows
+        if row.name != REFERENCE
+        for one in (row.entropy, row.reward, *row.pass_at.values())
+    ]
+    return len(looked_at), sum(sign != 0 for sign in looked_at), (1 - CONFIDENCE) * len(looked_at)
