@@ -1,5 +1,6 @@
 """Small synthetic records of the laboratory, whose answers are known."""
 
+import itertools
 import math
 
 from scripts.lab.records import AGREEMENTS, Record
@@ -55,17 +56,21 @@ def suite() -> list[Record]:
     for seed in range(3):
         plain = record(seed=seed, pass_at={"1": 0.50 + 0.01 * seed, "16": 0.80, "64": 0.90})
         held = tuple(h + 0.05 + 0.001 * seed for h in plain.entropy)
+        some = {"kl_cov/selected": 0.10, "clip/high": 0.02}
         better = {"1": 0.60 + 0.012 * seed, "16": 0.80, "64": 0.90}
         worse = {"1": 0.40 + 0.01 * seed, "16": 0.80, "64": 0.90 + 0.001 * (seed - 1)}
         records += [
             plain,
-            record("kl-cov", seed, entropy=held, reward=plain.reward, pass_at=better, seconds=(2.0,) * 20),
+            record(
+                "kl-cov", seed, entropy=held, reward=plain.reward, pass_at=better, seconds=(2.0,) * 20, touched=some
+            ),
+            record("kl-cov", seed, part="compute", rollouts=10, entropy=held[:10]),
             record("clip-cov", seed, reward=plain.reward, pass_at=worse),
             watched(seed),
             record(seed=seed, part="lengths", numbers=(2, 3), grad_norm=tuple(1 + 0.1 * (i % 2) for i in range(80))),
             record("c3po", seed, part="lengths", numbers=(2, 3)),
         ]
-    for value in (0.3, 3.0):
-        entropy = tuple(0.60 - 0.02 * i + 0.01 * value for i in range(10))
-        records.append(record(f"kl-cov={value:g}", 0, part="knob", entropy=entropy))
+    for value, seed in itertools.product((0.3, 3.0), (0, 1)):
+        entropy = tuple(0.60 - 0.02 * i + 0.01 * (value + seed) for i in range(10))
+        records.append(record(f"kl-cov={value:g}", seed, part="knob", entropy=entropy))
     return records

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lab_records import record, suite
+from lab_records import exponential, record, suite
 
 from scripts.lab.cells import Section, Table, compared, number, stated
 from scripts.lab.comparison import Compared
@@ -85,8 +85,86 @@ def test_page_numbers_follow_the_records():
     assert verdict == {"as made": "helps here", "worse": "holds entropy at a price"}
 
 
+# By section: its answer, and a row of each of its tables, of suite(); by hand from what suite() says of itself.
+SAID = {
+    "collapse": (
+        "From 0.600 ± 0.000 to 0.260 ± 0.000 nats over 3 seeds; 0.118 ± 0.000 of the drop is in the first quarter.",
+        [("KL-Cov", "0.651 ± 0.002", "0.641 ± 0.002", "0.611 ± 0.002", "0.511 ± 0.002", "0.311 ± 0.002")],
+    ),
+    "spending": (
+        "After 50% of the run 0.333 ± 0.000 of the entropy is spent and 0.333 ± 0.000 of the gain is made.",
+        [("50%", "0.333 ± 0.000", "0.333 ± 0.000")],
+    ),
+    "methods": (
+        "Holding entropy, by the rules below the last table: KL-Cov.",
+        [
+            ("KL-Cov", "3", "0.311 ± 0.002", "+0.051 ± 0.002 *", "0.612 ± 0.030", "+0.102 ± 0.005 *",
+             "0.800 ± 0.000", "0.000 ± 0.000", "0.900 ± 0.000", "0.000 ± 0.000"),
+            ("KL-Cov", "2.000 ± 0.000", "0.690 ± 0.000", "0.000 ± 0.000", "10.0%"),
+            ("KL-Cov", "10", "3", "0.511 ± 0.002", "+0.251 ± 0.002 *", "0.500 ± 0.000", "-0.010 ± 0.025",
+             "0.800 ± 0.000", "0.000 ± 0.000", "0.900 ± 0.000", "0.000 ± 0.000"),
+        ],
+    ),
+    "estimators": (
+        "Best over the tokens of a step: discriminator, correlation 0.410 ± 0.025; over steps it has 1.000 ± 0.000.",
+        [("discriminator", *("0.410 ± 0.025",) * 3, "1.000 ± 0.000", "1.000 ± 0.000", "2.000 ± 0.000")],
+    ),
+    "lengths": (
+        "C3PO changes the gradient's scatter by -0.046 ± 0.000.",
+        [("norm of the gradient", "0.046 ± 0.000", "0.000 ± 0.000", "-0.046 ± 0.000 *")],
+    ),
+    "knobs": (
+        "After 10 rollouts entropy moves most with KL-Cov's coef, by +0.027 ± 0.000 nats from the smallest value to "
+        "the largest, and least with KL-Cov's coef, by +0.027 ± 0.000.",
+        [("KL-Cov", "coef", "0.3, 1 (own), 3", "0.468, 0.510, 0.495", "+0.027 ± 0.000 *", "0.482, 0.490, 0.455",
+          "-0.027 ± 0.000 *")],
+    ),
+    "pareto": ("By their means: KL-Cov.", []),
+    "recommendation": (
+        "for pass@1: KL-Cov; for pass@64: none shown; for holding entropy: KL-Cov.",
+        [
+            ("pass@1", "KL-Cov"),
+            ("KL-Cov", "helps here", "pass@1, holding entropy",
+             "entropy +0.051 nats; pass@1 +0.102; pass@64: no difference shown", "{}", "as it was run",
+             "recipes/kl_cov.yaml: average of seven sets 38.6 to 40.6 (7B), 45.8 to 52.2 (32B) (arXiv 2505.22617, "
+             "Table 2)"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("anchor", SAID)
+def test_page_says_what_the_records_hold(anchor: str):
+    section = next(one for one in sections(suite()) if one.anchor == anchor)
+    answer, rows = SAID[anchor]
+    assert section.answer == answer
+    assert len(section.tables) == len(rows)
+    for table, row in zip(section.tables, rows, strict=True):
+        assert row in table.rows and len(row) == len(table.head)
+
+
+def test_page_tells_how_far_the_law_saw():
+    """Runs exactly on the law: it foresees their end, where a line in H expects too much."""
+    section = next(one for one in sections([exponential(seed) for seed in range(3)]) if one.anchor == "law")
+    assert section.answer == (
+        "R² 1.000 ± 2e-07 for the law, 0.997 ± 2e-04 for a straight line in H. The first 35% of the rollouts miss the "
+        "final reward by 8e-05 ± 3e-05 (mean absolute error)."
+    )
+    ahead, fits = section.tables
+    assert [cells[3] for cells in ahead.rows] == ["+0.070 ± 4e-04"]
+    assert fits.rows == (("GRPO", "1.000 ± 2e-07", "0.997 ± 2e-04", "1.203 ± 0.001", "2.203 ± 0.001"),)
+
+
+def test_page_says_what_was_not_run_at_equal_compute():
+    without = [one for one in suite() if one.part != "compute"]
+    section = next(one for one in sections(without) if one.anchor == "methods")
+    assert len(section.tables) == 2
+    assert section.tables[1].notes[1].endswith("compared at it above; KL-Cov: not run at it.")
+
+
 @pytest.mark.parametrize(
-    ("x", "text"), [(0.12345, "0.123"), (float("nan"), "?"), (0.0, "0.000"), (0.0001234, "0.000123"), (4e5, "4e+05")]
+    ("x", "text"),
+    [(0.12345, "0.123"), (float("nan"), "?"), (0.0, "0.000"), (0.0001234, "1e-04"), (1e-16, "0.000"), (4e5, "4e+05")],
 )
 def test_number_is_short(x: float, text: str):
     assert number(x) == text

@@ -153,15 +153,20 @@ def test_lengths_pairs_scatter():
 
 
 def test_sensitivity_cuts_the_own_setting_to_the_same_length():
-    settings = sensitivity(suite())["kl-cov"]
-    assert [(one.value, one.own, one.rollouts) for one in settings] == [
-        (0.3, False, 10),
-        (1.0, True, 10),
-        (3.0, False, 10),
-    ]
-    # Rollouts 5 to 9: .60 - .02 * 7 = .46, and .05 more in the own runs of the comparison (seed 0).
-    assert [one.entropy.mean for one in settings] == pytest.approx([0.463, 0.51, 0.49], abs=1e-12)
-    assert settings[1].entropy.count == 1
+    found = sensitivity(suite())["kl-cov"]
+    assert [(one.value, one.own) for one in found.settings] == [(0.3, False), (1.0, True), (3.0, False)]
+    assert found.rollouts == 10
+    # Rollouts 5 to 9: .60 - .02 * 7 = .46, and .05 more in the own runs of the comparison (seeds 0 and 1).
+    entropy = [one.entropy for one in found.settings]
+    assert [one.mean for one in entropy] == pytest.approx([0.468, 0.5105, 0.495], abs=1e-12)
+    assert [one.count for one in entropy] == [2, 2, 2]
+
+
+def test_sensitivity_pairs_the_largest_value_with_the_smallest():
+    """Seeds differ by .01 at every value: the differences do not."""
+    found = sensitivity(suite())["kl-cov"]
+    assert found.entropy.mean == pytest.approx(0.027, abs=1e-12)
+    assert found.entropy.half == pytest.approx(0.0, abs=1e-9) and found.reward.mean == pytest.approx(-0.027, abs=1e-12)
 
 
 def row(entropy: float, one: float, many: float, reward: float = 0.7, sure: float = 0.001) -> Row:

@@ -31,8 +31,12 @@ class Section:
     notes: tuple[str, ...] = ()
 
 
-def number(x: float, digits: int = 3) -> str:
-    return "?" if math.isnan(x) else f"{x:.{digits}g}" if 0 < abs(x) < 1e-3 or abs(x) >= 1e4 else f"{x:.{digits}f}"
+def number(x: float) -> str:
+    """With three decimals; with an exponent where these would say nothing, or too much."""
+    if math.isnan(x):
+        return "?"
+    plain = abs(x) < 1e-9 or 5e-4 <= abs(x) < 1e4  # less than the first is rounding
+    return f"{x:.3f}" if plain else f"{x:.0e}"
 
 
 def signed(x: float) -> str:

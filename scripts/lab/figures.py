@@ -14,7 +14,7 @@ from .drawing import Draw, Theme, style
 from .methods import BAND
 from .questions import REFERENCE, BySeed, Estimator, Spending, shortest, window_means
 from .records import Record
-from .scatter import SCATTER, Setting
+from .scatter import SCATTER, Sensitivity
 
 MOST = 1.0  # nats: more than that has one color
 
@@ -184,16 +184,16 @@ def length_bars(found: Mapping[str, Mapping[str, Compared]], titles: Mapping[str
     return draw
 
 
-def knobs(found: Mapping[str, Sequence[Setting]], titles: Mapping[str, str], fields: Mapping[str, str]) -> Draw:
+def knobs(found: Mapping[str, Sensitivity], titles: Mapping[str, str], fields: Mapping[str, str]) -> Draw:
     """Entropy and reward by the place of the knob's value, a line per method; the own setting has a larger mark."""
 
     def draw(figure: Any, theme: Theme) -> None:
         for axes, what in zip(figure.subplots(1, 2), ("entropy", "reward"), strict=True):
-            for number, (name, settings) in enumerate(found.items()):
-                values = [getattr(one, what).mean for one in settings]
+            for number, (name, knob) in enumerate(found.items()):
+                values = [getattr(one, what).mean for one in knob.settings]
                 look = style(number)
                 axes.plot(range(len(values)), values, **look, label=f"{titles[name]}: {fields[name]}")
-                own = [i for i, one in enumerate(settings) if one.own]
+                own = [i for i, one in enumerate(knob.settings) if one.own]
                 axes.plot(
                     own,
                     [values[i] for i in own],

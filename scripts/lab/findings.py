@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from . import figures
-from .cells import Section, Table, compared, number, signed, stated
+from .cells import Section, Table, compared, number, stated
 from .claims import CLAIMS
+from .intervals import Interval
 from .methods import METHODS
 from .questions import REFERENCE, BySeed, estimators
 from .records import Record
@@ -44,15 +45,10 @@ def lengths_section(varied: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
     found = lengths({name: varied[name] for name in (REFERENCE, "c3po")})
     rows = tuple((SCATTER[what], stated(of[REFERENCE].value), *compared(of["c3po"])) for what, of in found.items())
     change = found["grad_norm"]["c3po"].difference
-    told = (
-        "no difference in the gradient's scatter shown"
-        if not change.sign
-        else f"the gradient's scatter by {signed(change.mean)}"
-    )
     return Section(
         anchor="lengths",
         title="What does C3PO do to gradient norms and step times when lengths vary?",
-        answer=f"C3PO changes {told}." if change.sign else f"C3PO: {told}.",
+        answer=f"C3PO changes the gradient's scatter by {stated(change, True)}.",
         claim=CLAIMS["lengths"],
         draw=figures.length_bars(found, titles),
         tables=(Table(("scatter of", "GRPO", "C3PO", "difference"), rows),),
@@ -64,25 +60,39 @@ def lengths_section(varied: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
 def sensitivity_section(records: Sequence[Record], titles: Mapping[str, str]) -> Section:
     found = sensitivity(records)
     fields = {name: knob.field for name in found if (knob := METHODS[name].knob)}
-    rows, spread = [], {}
-    for name, settings in found.items():
-        spread[name] = max(s.entropy.mean for s in settings) - min(s.entropy.mean for s in settings)
-        for one in settings:
-            rows.append((
-                titles[name], fields[name], f"{one.value:g}{' (own)' if one.own else ''}", str(one.entropy.count),
-                f"{number(one.entropy.mean)} ({number(one.low_entropy)} to {number(one.high_entropy)})",
-                number(one.reward.mean),
-            ))  # fmt: skip
-    widest = max(spread, key=lambda name: spread[name])
-    length = next(iter(found.values()))[0].rollouts
+    most, least = (choose(found, key=lambda name: abs(found[name].entropy.mean)) for choose in (max, min))
+    rows = tuple(
+        (
+            titles[name],
+            fields[name],
+            ", ".join(f"{one.value:g}{' (own)' if one.own else ''}" for one in knob.settings),
+            ", ".join(number(one.entropy.mean) for one in knob.settings),
+            _swing(knob.entropy),
+            ", ".join(number(one.reward.mean) for one in knob.settings),
+            _swing(knob.reward),
+        )
+        for name, knob in found.items()
+    )
+    length = found[most].rollouts
     return Section(
         anchor="knobs",
         title="How sensitive is each method to its main knob?",
-        answer=f"Entropy after {length} rollouts moves most with {titles[widest]}'s {fields[widest]}: by "
-        f"{number(spread[widest])} nats over the three values.",
+        answer=f"After {length} rollouts entropy moves most with {titles[most]}'s {fields[most]}, by "
+        f"{stated(found[most].entropy, True)} nats from the smallest value to the largest, and least with "
+        f"{titles[least]}'s {fields[least]}, by {stated(found[least].entropy, True)}.",
         claim=CLAIMS["knobs"],
         draw=figures.knobs(found, titles, fields),
         height=5.0,
-        tables=(Table(("method", "knob", "value", "seeds", "H (range over seeds)", "reward"), tuple(rows)),),
-        notes=(f"Fewer seeds than above and {length} rollouts: ranges, no intervals, and no held-out evaluation.",),
-    )
+        tables=(
+            Table(
+                ("method", "knob", "values", "H", "largest less smallest", "reward", "largest less smallest"),
+                rows,
+                (f"{length} rollouts, no held-out evaluation; differences are paired, with 95 % intervals over "
+                 f"{found[most].entropy.count} seeds, and * where they exclude 0.",),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _swing(one: Interval) -> str:
+    return stated(one, sign=True) + (" *" if one.sign else "")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .comparison import Compared, compared
-from .intervals import Interval, interval, roughness
+from .intervals import Interval, interval, paired, roughness
 from .methods import METHODS
 from .questions import REFERENCE, BySeed, at, late
 from .records import Record
@@ -27,39 +27,54 @@ def lengths(methods: Mapping[str, BySeed]) -> dict[str, dict[str, Compared]]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value of a knob: entropy (nats) and reward after `rollouts` rollouts; own: it is the method's own setting."""
+    """A value of a knob: entropy (nats) and reward at the end of its runs.   own: it is the method's own setting."""
 
     value: float
     own: bool
+    entropy: Interval
+    reward: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Settings by rising value, after `rollouts` rollouts; entropy, reward: of the largest value less the smallest's,
+    paired.
+    """
+
+    settings: tuple[Setting, ...]
     rollouts: int
     entropy: Interval
     reward: Interval
-    low_entropy: float
-    high_entropy: float
 
 
-def sensitivity(records: Sequence[Record]) -> dict[str, list[Setting]]:
+def sensitivity(records: Sequence[Record]) -> dict[str, Sensitivity]:
     """By method; the own setting is read out of the comparison's runs with the same seeds, cut to the same length."""
-    turned: dict[str, dict[float, list[Record]]] = {}
+    turned: dict[str, dict[float, dict[int, Record]]] = {}
     for record in records:
         if record.part == "knob":
             name, _, value = record.name.partition("=")
-            turned.setdefault(name, {}).setdefault(float(value), []).append(record)
-    found = {}
-    for name, values in turned.items():
-        seeds = {record.seed for runs in values.values() for record in runs}
-        rollouts = min(len(record.made) for runs in values.values() for record in runs)
-        knob = METHODS[name].knob
-        assert knob is not None
-        mine = [r for r in records if r.part == "compare" and r.name == name and r.seed in seeds]
-        settings = [_setting(value, runs, rollouts, False) for value, runs in values.items()]
-        if mine:
-            settings.append(_setting(knob.own, mine, rollouts, True))
-        found[name] = sorted(settings, key=lambda one: one.value)
-    return found
+            turned.setdefault(name, {}).setdefault(float(value), {})[record.seed] = record
+    return {name: _sensitivity(name, values, records) for name, values in turned.items()}
 
 
-def _setting(value: float, runs: Sequence[Record], rollouts: int, own: bool) -> Setting:
-    entropy = [at(record.entropy[:rollouts], 1.0) for record in runs]
-    reward = interval([late(record.reward[:rollouts]) for record in runs])
-    return Setting(value, own, rollouts, interval(entropy), reward, min(entropy), max(entropy))
+def _sensitivity(name: str, values: dict[float, dict[int, Record]], records: Sequence[Record]) -> Sensitivity:
+    knob = METHODS[name].knob
+    assert knob is not None
+    seeds = {seed for runs in values.values() for seed in runs}
+    rollouts = min(len(record.made) for runs in values.values() for record in runs.values())
+    mine = {r.seed: r for r in records if r.part == "compare" and r.name == name and r.seed in seeds}
+    if mine:
+        values = {**values, knob.own: mine}
+    ends = {
+        value: (
+            {seed: at(record.entropy[:rollouts], 1.0) for seed, record in runs.items()},
+            {seed: late(record.reward[:rollouts]) for seed, record in runs.items()},
+        )
+        for value, runs in sorted(values.items())
+    }
+    settings = tuple(
+        Setting(value, value == knob.own, *(interval(list(one.values())) for one in end))
+        for value, end in ends.items()
+    )
+    lowest, *_, highest = ends.values()
+    return Sensitivity(settings, rollouts, *(paired(high, low) for high, low in zip(highest, lowest, strict=True)))
