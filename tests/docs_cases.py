@@ -1,11 +1,17 @@
 """What the documentation holds: pages, code blocks, commands, links; and how each command is checked."""
 
+import argparse
+import contextlib
+import os
 import re
+import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -86,8 +92,13 @@ def make(words: Sequence[str]) -> None:
     for setting in settings:
         name, _, value = setting.partition("=")
         assert name == "ARGS"
+        given = shlex.split(value)
         if target == "quickstart":
-            recipe(["recipes/grpo.py", "--config", "recipes/quickstart.yaml", *shlex.split(value)])
+            recipe(["recipes/grpo.py", "--config", "recipes/quickstart.yaml", *given])
+        elif target == "test":
+            pytest_command(given)
+        else:
+            script([{"lab": "scripts/entropy_lab.py", "bench": "scripts/bench_step.py"}[target], *given])
 
 
 def rlvr_command(words: Sequence[str]) -> None:
@@ -154,13 +165,36 @@ def python(words: Sequence[str]) -> None:
         script(words)
 
 
+class _Parsed(BaseException):
+    """Ends a script as soon as it has read its arguments."""
+
+
 def script(words: Sequence[str]) -> None:
-    """scripts/*.py: each flag stands in the script or in a module beside it."""
+    """scripts/*.py, run until their arguments are read."""
     path = ROOT / words[0]
-    sources = path.read_text() + "".join(part.read_text() for part in path.parent.rglob("*.py"))
-    for word in words[1:]:
-        if word.startswith("--"):
-            assert f'"{word.partition("=")[0]}"' in sources, f"{words[0]} has no {word}"
+    if "ArgumentParser" not in path.read_text():
+        assert path.is_file() and len(words) == 1, f"{words[0]} takes no arguments"
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser: argparse.ArgumentParser) -> None:
+        parse(parser)
+        raise _Parsed
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with (
+        patch.object(argparse.ArgumentParser, "parse_args", parsed),
+        patch.object(sys, "argv", list(words)),
+        patch.object(sys, "path", [str(path.parent), *sys.path]),
+        patch.dict(os.environ),
+        contextlib.suppress(_Parsed),
+    ):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as refused:
+            raise AssertionError(f"{shlex.join(words)} is refused: {refused}") from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def pytest_command(words: Sequence[str]) -> None:
