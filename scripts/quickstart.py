@@ -24,6 +24,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that spin while they wait make a step nine times slower as soon as anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process is for one GPU
     subprocess.run([sys.executable, "scripts/smollm2.py", str(MODEL)], check=True)
     run_dir = free_directory(ROOT / "runs" / "quickstart").relative_to(ROOT)
     recipe = [

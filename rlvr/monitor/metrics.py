@@ -248,4 +248,5 @@ def format_metrics() -> str:
             lines += ["", area] if lines else [area]
         normal = f"  [{entry.normal}]" if entry.normal else ""
         lines.append(f"  {name:<30} {entry.unit:<9} {entry.meaning}{normal}")
+    lines += ["", "<control>", f"  {'<control>/effect':<30} {EFFECT.unit:<9} {EFFECT.meaning}  [{EFFECT.normal}]"]
     return "\n".join(lines)

@@ -77,6 +77,8 @@ class PolicyTrainer(ResumingTrainer):
     ) -> None:
         if not isinstance(args, self.config_class):
             raise ConfigError(f"args is a {type(args).__name__}: pass a rlvr.{self.config_class.__name__}")
+        if args.n_gpu > 1:
+            raise ConfigError(f"one process for {args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES=0, or launch one for each")
         if not isinstance(train_dataset, Dataset):
             raise ConfigError(f"train_dataset is a {type(train_dataset).__name__}: pass a datasets.Dataset")
         self._stages = Stages(schedule, args, train_dataset) if schedule else None
@@ -94,8 +96,6 @@ class PolicyTrainer(ResumingTrainer):
             if self.aux_loss_enabled or args.router_z_loss_coef or self._is_vlm:
                 raise ConfigError("share_prompts=True takes no images and no router losses: set it to false")
         self.routers = self._track_routers(own_engine)
-        if args.n_gpu > 1:
-            raise ConfigError(f"one process for {args.n_gpu} GPUs: start one for each, with accelerate launch")
         self._own_head = not (args.use_trl_head or self._is_vlm)
         if self._own_head:
             self._add_heads()

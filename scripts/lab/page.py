@@ -4,7 +4,9 @@ Every number on it comes from the records; the template only arranges them, and 
 """
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
 
 
 def write_page(kept: Kept, out: Path) -> Path:
-    """report.html and figures/*.png in the directory; returns the page."""
+    """report.html, what it says as results.json, and figures/*.png in the directory; returns the page."""
     found = sections(kept.records)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     pictures: dict[str, tuple[str, str]] = {}
@@ -59,6 +61,9 @@ def write_page(kept: Kept, out: Path) -> Path:
             light = render(section.draw, LIGHT, section.height)
             (out / "figures" / f"{section.anchor}.png").write_bytes(light)
             pictures[section.anchor] = (_inline(light), _inline(render(section.draw, DARK, section.height)))
+    told = [{f.name: getattr(section, f.name) for f in fields(section) if f.name != "draw"} for section in found]
+    plain = {"about": kept.about, "sections": told}
+    (out / "results.json").write_text(json.dumps(plain, default=asdict, ensure_ascii=False, indent=1) + "\n")
     page = out / "report.html"
     page.write_text(html(found, kept.about, kept.missing, pictures), encoding="utf-8")
     return page
