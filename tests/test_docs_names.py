@@ -48,6 +48,19 @@ def test_table_of_methods_is_that_of_the_data(document: str) -> None:
     assert methods.standing(document) == methods.table(document), "run python scripts/docsite/methods.py"
 
 
+def test_results_of_the_laboratory_are_those_of_its_data() -> None:
+    import lab
+
+    assert (ROOT / "docs" / "lab" / "results.md").read_text() == lab.page()
+
+
+def test_every_method_of_the_laboratory_is_on_a_page() -> None:
+    import lab
+
+    told = "".join(GENERATED.values())
+    assert len(lab.titles()) == 16 and all(lab.evidence(title) in told for title in lab.titles())
+
+
 def test_every_control_and_surrogate_has_a_page() -> None:
     named = {path.rpartition(".")[2] for method in methods.read_methods() for path in method.classes}
     assert {cls.__name__ for cls in [*CONTROLS.values(), *SURROGATES.values()]} <= named

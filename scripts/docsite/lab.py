@@ -31,12 +31,18 @@ def table(anchor: str, place: int = 0) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(heads, row, strict=True)) for row in kept["rows"]}
 
 
+def titles() -> list[str]:
+    """Of the methods that were compared."""
+    return list(table("methods"))
+
+
 def evidence(title: str) -> str:
     """What a method's page says of it."""
     row, verdict = table("methods")[title], table("recommendation", 1).get(title)
     said = [f"entropy {row['H at the end']}{_less(row, 'H at the end')}"]
     said += [f"{k} {row[k]}{_less(row, k)}" for k in row if k.startswith("pass@") and "less" not in k]
-    text = f"In [the laboratory](../lab/results.md) ({_setting()}): {', '.join(said)}. ± is half of a 95 % interval"
+    text = f"{title} in [the laboratory](../lab/results.md) ({_setting()}): {', '.join(said)}"
+    text += ". ± is half of a 95 % interval"
     if verdict is None:
         return text + "."
     scaled = "" if verdict["scaled"] == "no" else f" ({verdict['scaled']})"

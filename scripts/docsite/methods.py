@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import docstrings
+import lab
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,10 @@ ORDER = ("advantages", "surrogates", "controls", "corrections", "mixtures", "con
 TABLES = {  # document: the head of its table
     "README.md": "| method | what it does | setting | recipe |\n|---|---|---|---|\n",
     "PAPERS.md": "| method | paper | use here | ours |\n|---|---|---|---|\n",
+}
+IN_LABORATORY = {  # titles there of methods that have another one, or several forms
+    "STEER": ("STEER (theorem)", "STEER (released)", "STEER (full)"),
+    "adaptive entropy bonus": ("adaptive bonus",),
 }
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)]+)\)")
 
@@ -133,6 +138,7 @@ def page(method: Method) -> str:
         "## Measured here",
         (method.measured + (cost if method.cost else "")).replace("LOG.md", "[LOG.md](../../LOG.md)", 1),
     ]
+    parts += [lab.evidence(title) for title in IN_LABORATORY.get(method.name, (method.name,)) if title in lab.titles()]
     if method.section:
         parts += ["## The paper's setting and numbers", section(method.section)]
     else:
