@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import docstrings
-import lab
+import laboratory
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,11 @@ def page(method: Method) -> str:
         "## Measured here",
         (method.measured + (cost if method.cost else "")).replace("LOG.md", "[LOG.md](../../LOG.md)", 1),
     ]
-    parts += [lab.evidence(title) for title in IN_LABORATORY.get(method.name, (method.name,)) if title in lab.titles()]
+    parts += [
+        laboratory.evidence(title)
+        for title in IN_LABORATORY.get(method.name, (method.name,))
+        if title in laboratory.titles()
+    ]
     if method.section:
         parts += ["## The paper's setting and numbers", section(method.section)]
     else:

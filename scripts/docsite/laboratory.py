@@ -1,7 +1,7 @@
 """The laboratory's results in the documentation: docs/lab/results.json and figures, the page made of them, and what
 the methods' pages and PAPERS.md say of each method.
 
-    python scripts/docsite/lab.py runs/lab      takes over what `make lab` found
+    python scripts/docsite/laboratory.py runs/lab      takes over what `make lab` found
 """
 
 import json
