@@ -16,7 +16,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from rlvr.errors import ConfigError
 
 if TYPE_CHECKING:
     from lab.plan import Size
+    from lab.records import Record
     from lab.runs import LabRun
 
 OUT = Path("runs/lab")
@@ -71,18 +71,16 @@ def main() -> None:
             raise ConfigError(f"--read {arguments.read}: holds no finished run in a directory METHOD-seedN")
         print(write_page(Kept(records, {"runs": f"{len(records)} of {arguments.read}"}), arguments.read))
         return
-    started = time.monotonic()
     failed = conduct(runs, arguments.jobs)
     records = [read_record(run) for run in runs if finished(run)]
-    took = f"{(time.monotonic() - started) / 60:.0f} minutes with {arguments.jobs} processes"
     missing = [f"{name}: {why}" for name, why in failed.items()]
-    write_kept(Kept(records, _about(size, runs, len(records), took), missing), kept)
+    write_kept(Kept(records, _about(size, runs, records), missing), kept)
     print(write_page(load_kept(kept), out))
     if failed:
         sys.exit(f"error: {len(failed)} of {len(runs)} runs failed; the page says which, call again to repeat them")
 
 
-def _about(size: "Size", runs: "Sequence[LabRun]", made: int, took: str) -> dict[str, str]:
+def _about(size: "Size", runs: "Sequence[LabRun]", records: "Sequence[Record]") -> dict[str, str]:
     """Facts of the suite, for its page."""
     from lab.plan import seconds
     from lab.runs import GROUP, HELD_OUT_PROMPTS, PROMPTS, UPDATES
@@ -90,12 +88,12 @@ def _about(size: "Size", runs: "Sequence[LabRun]", made: int, took: str) -> dict
     turned = f"{len(size.knob_seeds)} seeds, {size.knob_rollouts} rollouts"
     return {
         "setting": SETTING,
-        "runs": f"{made} of {len(runs)}; seeds {', '.join(map(str, size.seeds))}",
+        "runs": f"{len(records)} of {len(runs)}; seeds {', '.join(map(str, size.seeds))}",
         "a run": f"{size.rollouts} rollouts of {PROMPTS} prompts x {GROUP} completions, {UPDATES} updates each",
         "held out": f"{HELD_OUT_PROMPTS} problems x {size.samples} samples",
         "knobs": turned if size.knob_methods else "not turned",
         "planned": f"{sum(map(seconds, runs)) / 60:.0f} minutes of one idle core",
-        "this call": took,
+        "took": f"{sum(sum(one.seconds) for one in records) / 60:.0f} minutes in the trainers' steps, of one core",
         "command": "python " + shlex.join(["scripts/entropy_lab.py", *sys.argv[1:]]),
     }
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from scripts.lab.records import AGREEMENTS, Record
+from scripts.lab.records import AGREEMENTS, CLASSES, Record
 
 ESTIMATORS = ("covariance", "discriminator")
 
@@ -41,7 +41,10 @@ def watched(seed: int) -> Record:
         for name, value in zip(ESTIMATORS, (0.2, 0.4), strict=True)
     }
     predicted = {"covariance": [(-1.0) ** i for i in range(6)], "discriminator": [x / 2 for x in measured]}
-    return record(seed=seed, part="probe", measured=measured, predicted=predicted, agreement=agreement)
+    by_class = dict(zip(CLASSES, ([-0.02] * 6, [0.005] * 6, [0.01] * 6, [-0.015 - 0.001 * seed] * 6), strict=True))
+    return record(
+        seed=seed, part="probe", by_class=by_class, measured=measured, predicted=predicted, agreement=agreement
+    )
 
 
 def exponential(seed: int, a: float = 1.2, b: float = 2.2, rollouts: int = 40) -> Record:

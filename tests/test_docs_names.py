@@ -54,6 +54,16 @@ def test_results_of_the_laboratory_are_those_of_its_data() -> None:
     assert (ROOT / "docs" / "lab" / "results.md").read_text() == lab.page()
 
 
+def test_numbers_that_are_told_of_the_laboratory_are_its() -> None:
+    import lab
+
+    told = re.findall(r"([+−])\.(\d{3}) ± \.(\d{3})", (ROOT / "docs" / "concepts.md").read_text())
+    assert len(told) > 20
+    for sign, mean, half in told:
+        number = f"{sign}0.{mean} ± 0.{half}".replace("−", "-")
+        assert number in lab.page(), number
+
+
 def test_every_method_of_the_laboratory_is_on_a_page() -> None:
     import lab
 

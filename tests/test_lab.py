@@ -252,10 +252,10 @@ def test_methods_recipes_are_there(name: str):
 
 @pytest.mark.parametrize(("size", "minutes", "bases"), [(FULL, 60, 2), (QUICK, 5, 0)])
 def test_plan_fits_into_its_time(size, minutes: int, bases: int):
-    """On two cores, where two runs at once take up to 1.4 times as long as one alone.   bases: to be made, too."""
+    """On two cores, where two runs at once take 1.17 times as long as one alone (LOG.md).   bases: to be made, too."""
     runs = plan(size)
     assert len({run.path for run in runs}) == len(runs)
-    assert (sum(map(seconds, runs)) + bases * BASE) * 1.4 / 2 / 60 < minutes
+    assert (sum(map(seconds, runs)) + bases * BASE) * 1.17 / 2 / 60 < minutes
 
 
 def test_plan_compares_every_method_over_five_seeds_and_turns_every_knob():
@@ -264,4 +264,5 @@ def test_plan_compares_every_method_over_five_seeds_and_turns_every_knob():
     assert {run.name for run in runs if run.part == "compare"} == set(METHODS)
     turned = {run.name.partition("=")[0] for run in runs if run.part == "knob"}
     assert turned == set(METHODS) - {"grpo"}
-    assert all(METHODS[name].knob.own not in METHODS[name].knob.settings for name in turned)
+    for name in turned:
+        assert len({METHODS[name].knob.own, *METHODS[name].knob.settings}) == 3

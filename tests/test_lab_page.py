@@ -26,10 +26,10 @@ def test_page_is_one_file_with_both_themes(tmp_path: Path):
     page = write_page(Kept(suite(), {"runs": "12"}), tmp_path).read_text()
     assert not re.search(r"""(src|href|srcset)=["'](?!data:|#)""", page)  # nothing is fetched
     assert "<script" not in page and "prefers-color-scheme: dark" in page
-    for anchor in ("collapse", "law", "spending", "methods", "estimators", "lengths", "knobs", "pareto"):
+    for anchor in ("collapse", "law", "spending", "methods", "mechanics", "estimators", "lengths", "knobs", "pareto"):
         assert (tmp_path / "figures" / f"{anchor}.png").read_bytes().startswith(PNG)
         assert f'id="{anchor}"' in page
-    assert page.count("data:image/png") == 2 * 8
+    assert page.count("data:image/png") == 2 * 9
     assert 'id="recommendation"' in page and "holds entropy" in page
 
 
@@ -104,6 +104,11 @@ SAID = {
             ("KL-Cov", "10", "3", "0.511 ± 0.002", "+0.251 ± 0.002 *", "0.500 ± 0.000", "-0.010 ± 0.025",
              "0.800 ± 0.000", "0.000 ± 0.000", "0.900 ± 0.000", "0.000 ± 0.000"),
         ],
+    ),
+    "mechanics": (
+        "Over 6 steps of GRPO, in nats: spent by rewarded, likely -0.120 ± 0.000; punished, unlikely -0.096 ± 0.015; "
+        "returned by rewarded, unlikely +0.030 ± 0.000; punished, likely +0.060 ± 0.000.",
+        [("punished, unlikely", "-0.096 ± 0.015")],
     ),
     "estimators": (
         "Best over the tokens of a step: discriminator, correlation 0.410 ± 0.025; over steps it has 1.000 ± 0.000.",

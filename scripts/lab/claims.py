@@ -8,6 +8,8 @@ CLAIMS = {
     "spending": "73 % of the entropy and 76 % of the gain are spent in the first 200 of 2400 steps, 94 % and 93 % in "
     "the first 800 (arXiv 2505.22617).",
     "methods": "Each method's own is in the last table; they are averages of math sets with models of 7B to 32B.",
+    "mechanics": "Rewarded likely and punished unlikely tokens lower entropy, the other two classes raise it (arXiv "
+    "2510.10150, 2602.03392); the covariance of log-prob and advantage is positive (arXiv 2505.22617).",
     "estimators": "STEER's estimate correlates with the measured change with about 0.4 (arXiv 2510.10150, Table 1, "
     "as quoted); S - E_S is exact to first order where states share no parameters (arXiv 2602.03392).",
     "lengths": "The token budget is meant to steady gradients and throughput; a comparison in numbers was not found "

@@ -13,7 +13,7 @@ from .comparison import PASSES, Compared, Row, pareto
 from .drawing import Draw, Theme, style
 from .methods import BAND
 from .questions import REFERENCE, BySeed, Estimator, Spending, shortest, window_means
-from .records import Record
+from .records import CLASSES, Record
 from .scatter import SCATTER, Sensitivity
 
 MOST = 1.0  # nats: more than that has one color
@@ -135,6 +135,27 @@ def _clip(axes: Any, means: Sequence[float]) -> None:
         axes.set_xlim(-0.5, 0.5)
 
 
+def class_curves(watched: BySeed) -> Draw:
+    """Entropy change summed over the steps, by class of tokens: means over seeds, from the least to the most."""
+
+    def draw(figure: Any, theme: Theme) -> None:
+        axes = figure.subplots()
+        records = list(watched.values())
+        length = min(len(record.measured) for record in records)
+        for number, name in enumerate(CLASSES):
+            sums = np.cumsum([record.by_class[name][:length] for record in records], axis=1)
+            look = {**style(number), "marker": None}
+            axes.plot(np.arange(1, length + 1), sums.mean(0), label=name.replace("_", ", "), **look)
+            axes.fill_between(np.arange(1, length + 1), sums.min(0), sums.max(0), color=look["color"], alpha=0.2)
+        whole = np.cumsum([record.measured[:length] for record in records], axis=1)
+        axes.plot(np.arange(1, length + 1), whole.mean(0), color=theme.ink, linewidth=2, label="all tokens")
+        axes.axhline(0, color=theme.ink, linewidth=0.8)
+        axes.set(xlabel="optimizer step that moves the policy", ylabel="entropy change so far (nats)")
+        axes.legend()
+
+    return draw
+
+
 def estimator_bars(found: Sequence[Estimator]) -> Draw:
     """Correlation of each estimator with the measured change, over tokens and over steps."""
 
@@ -239,8 +260,11 @@ def pareto_plot(rows: Sequence[Row], titles: Mapping[str, str], k: str) -> Draw:
             c=[min(row.entropy.value.mean, MOST) for row in shown],
             edgecolors=[theme.ink if row.name in on_front else "none" for row in shown],
         )
-        for row, a, b in zip(shown, x, y, strict=True):
-            axes.annotate(titles[row.name], (a.mean, b.mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        points = sorted(zip(y, x, shown, strict=True), key=lambda point: point[0].mean)
+        for number, (b, a, row) in enumerate(points):  # names to the right and to the left by turns, from below
+            side, at = (5, "left") if number % 2 else (-5, "right")
+            place = {"xytext": (side, 3), "ha": at, "textcoords": "offset points"}
+            axes.annotate(titles[row.name], (a.mean, b.mean), fontsize=7, **place)
         figure.colorbar(dots, label="entropy at the end (nats)")
         axes.set(xlabel="pass@1, held out", ylabel=f"pass@{k}, held out")
 

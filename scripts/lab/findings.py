@@ -7,9 +7,34 @@ from .cells import Section, Table, compared, number, stated
 from .claims import CLAIMS
 from .intervals import Interval
 from .methods import METHODS
-from .questions import REFERENCE, BySeed, estimators
+from .questions import REFERENCE, BySeed, by_class, estimators
 from .records import Record
 from .scatter import SCATTER, lengths, sensitivity
+
+
+def mechanics_section(watched: BySeed) -> Section:
+    found = by_class(watched)
+    names = {name: name.replace("_", ", ") for name in found}
+    spend = [f"{names[name]} {stated(one, True)}" for name, one in found.items() if one.sign < 0]
+    give = [f"{names[name]} {stated(one, True)}" for name, one in found.items() if one.sign > 0]
+    steps = min(len(record.measured) for record in watched.values())
+    return Section(
+        anchor="mechanics",
+        title="Which tokens spend entropy?",
+        answer=f"Over {steps} steps of GRPO, in nats: spent by {'; '.join(spend) or 'none, shown'}; returned by "
+        f"{'; '.join(give) or 'none, shown'}.",
+        claim=CLAIMS["mechanics"],
+        draw=figures.class_curves(watched),
+        tables=(
+            Table(
+                ("tokens", "entropy change, nats"),
+                tuple((names[name], stated(one, True)) for name, one in found.items()),
+                (f"Rewarded: A > 0. Likely: p > exp(-H). What the tokens of a class add to the mean change over a "
+                 f"step's tokens, summed over {steps} steps, measured by passing 64 sequences of the step before and "
+                 "after it; tokens without an advantage add the rest.",),
+            ),
+        ),
+    )  # fmt: skip
 
 
 def estimators_section(watched: BySeed) -> Section:

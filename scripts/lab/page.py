@@ -17,7 +17,7 @@ from .cells import Section
 from .choice import comparison_section, pareto_section, recommendation_section
 from .comparison import comparison, row
 from .drawing import DARK, LIGHT, render
-from .findings import estimators_section, lengths_section, sensitivity_section
+from .findings import estimators_section, lengths_section, mechanics_section, sensitivity_section
 from .methods import ALL
 from .questions import REFERENCE, WINDOW, select, shortest
 from .records import Kept, Record
@@ -40,7 +40,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
         comparison_section(rows, equal, max(record.prompts for record in plain.values()), titles),
     ]
     if watched := select(records, "probe").get(REFERENCE):
-        found.append(estimators_section(watched))
+        found += [mechanics_section(watched), estimators_section(watched)]
     varied = select(records, "lengths")
     if {REFERENCE, "c3po"} <= varied.keys():
         found.append(lengths_section(varied, titles))

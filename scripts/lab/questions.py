@@ -10,7 +10,7 @@ import numpy as np
 from rlvr.law import MIN_POINTS, fit_law
 
 from .intervals import Interval, correlation, interval
-from .records import AGREEMENTS, Record, means
+from .records import AGREEMENTS, CLASSES, Record, means
 
 REFERENCE = "grpo"
 SHARES = (0.10, 0.25, 0.50, 1.0)
@@ -173,6 +173,15 @@ def _shares(values: Sequence[float]) -> list[float]:
     windows = window_means(values)
     whole = windows[-1] - windows[0]
     return [(value - windows[0]) / whole if whole else math.nan for value in windows]
+
+
+# ------------------------------------------------------------------------------------------------------ mechanics
+
+
+def by_class(runs: BySeed) -> dict[str, Interval]:
+    """What the tokens of each of CLASSES add to the entropy change of a run, nats, summed over its watched steps."""
+    watched = [record for record in runs.values() if record.by_class]
+    return {name: interval([sum(record.by_class[name]) for record in watched]) for name in CLASSES}
 
 
 # ----------------------------------------------------------------------------------------------------- estimators

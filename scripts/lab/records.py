@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +16,7 @@ from .runs import HELD_OUT_PROMPTS, LabRun
 
 METHOD_FIELDS = ("surrogate", "controls", "thermostat")  # of a recipe
 AGREEMENTS = ("correlation", "r2", "slope")
+CLASSES = ("rewarded_likely", "rewarded_unlikely", "punished_likely", "punished_unlikely")  # of tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,8 @@ class Record:
     tokens, those of sequences without a gradient included.   pass_at: by k, held out, after training, on `prompts`
     problems.   touched: share of the tokens that the clip or the control changed, by metric, mean over the steps.
     Of each watched step: measured, mean entropy change of its tokens, nats; predicted, the same by each estimator, of
-    an SGD step; agreement: over the step's tokens, by estimator and then by kind of AGREEMENTS.
+    an SGD step; agreement: over the step's tokens, by estimator and then by kind of AGREEMENTS; by_class: what the
+    tokens of each of CLASSES add to measured.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Record:
     measured: tuple[float, ...] = ()
     predicted: Mapping[str, Sequence[float]]
     agreement: Mapping[str, Mapping[str, Sequence[float]]]
+    by_class: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def read_record(run: LabRun) -> Record:
@@ -108,6 +111,7 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
         }
         if moved
         else {},
+        by_class={name: series(moved, f"dynamics/measured_{name}")[1] for name in CLASSES} if moved else {},
     )
 
 
