@@ -36,7 +36,7 @@ class Thermostat:
     lever: control and hyper-parameter, such as "kl_cov.coef", or "surrogate.high" for clip-higher; the control's class
     says which of its hyper-parameters may be moved and in which direction they act.
     low, high: the band of the mean token entropy, in nats.   lowest, highest: range of the hyper-parameter.
-    gain, integral_gain: position per nat, and per nat and step.   rate: largest move per step.
+    gain: position per nat.   integral_gain: position per nat and step.   rate: largest move per step.
     scale: "log" for a hyper-parameter that acts by its order of magnitude.
     patience: steps in a row outside the band after which `alarm` speaks.
     Raises: ValueError for an empty band or range, gains that are negative or both zero, a rate outside (0, 1].

@@ -47,6 +47,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"controls": ["icepop"], "use_vllm": True, "vllm_importance_sampling_clip_max": 2.0},
         "vllm_importance_sampling_clip_max=2.0 and controls icepop would correct twice",
     ),
+    "two lower bounds": (
+        {"controls": ["tis"], "use_vllm": True, "vllm_importance_sampling_clip_min": 0.5},
+        "vllm_importance_sampling_clip_min=0.5 and controls tis would correct twice",
+    ),
+    "two caps": (
+        {"controls": ["tis"], "use_vllm": True, "vllm_importance_sampling_cap": 2.0},
+        "vllm_importance_sampling_cap=2.0 and controls tis would correct twice",
+    ),
+    "engine as anchor": (
+        {
+            "surrogate": {"name": "dppo", "anchor": "rollout"},
+            "use_vllm": True,
+            "vllm_importance_sampling_mode": "token_mask",
+        },
+        "vllm_importance_sampling_mode=token_mask and surrogate anchor=rollout would correct twice",
+    ),
     "two weights": ({"controls": ["tis", "icepop"], "use_vllm": True}, "controls tis and controls icepop each weigh"),
     "two bonuses": ({"controls": ["adaptive_entropy", "entropy_bonus"]}, "would add two bonuses"),
     "two denominators": ({"controls": [BUDGET], "loss_type": "grpo"}, "loss_type=grpo and controls token_budget"),

@@ -36,6 +36,7 @@ CONTROLS: Mapping[str, Any] = {
     "tis": Tis,
     "token_budget": TokenBudget,
 }
+"""Controls by the name that `controls` gives them."""
 
 __all__ = [
     "CONTROLS",

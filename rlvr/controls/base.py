@@ -29,17 +29,20 @@ class Control:
 
     scope: "rollout" runs once on the whole rollout batch, over all ranks, with the statistics of the policy that made
     it, so the result does not depend on micro-batches or ranks; "micro_batch" runs on each micro-batch of one rank
-    with the current policy, as published code does; "optimizer_step" runs once on all tokens of a step, over all
+    with the current policy, as much published code does; "optimizer_step" runs once on all tokens of a step, over all
     ranks, and knows their keys and positions alone.
     """
 
     __slots__ = ()
 
     name: ClassVar[str]
-    off_policy_only: ClassVar[bool] = False  # does nothing while old and current policy are equal
-    surrogate: ClassVar[str | None] = None  # the surrogate of its paper, where that is not the PPO clip
-    # Hyper-parameters that a thermostat may move: +1 where a larger value leaves more entropy, -1 where less.
+    """In CONTROLS, in front of its metrics, and in recipes."""
+    off_policy_only: ClassVar[bool] = False
+    """Whether it does nothing while old and current policy are equal; one update per rollout is then refused."""
+    surrogate: ClassVar[str | None] = None
+    """The surrogate of its paper, where that is not the PPO clip; taken unless a run names one."""
     levers: ClassVar[Mapping[str, int]] = {}
+    """Hyper-parameters that a thermostat may move: +1 where a larger value leaves more entropy, -1 where less."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -48,7 +51,8 @@ class Control:
 
     @property
     @abstractmethod
-    def scope(self) -> Scope: ...
+    def scope(self) -> Scope:
+        """When it runs, and on which tokens."""
 
     @property
     def idle(self) -> bool:
@@ -56,7 +60,11 @@ class Control:
         return False
 
     @abstractmethod
-    def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome: ...
+    def __call__(self, tokens: Tokens, clipped: Clipped, reduce: Reduce) -> Outcome:
+        """What it says of the scope's tokens [N].
+
+        clipped: where the surrogate's bound is active.   reduce: sums and gathers over ranks.
+        """
 
     def observe(self, entropy: float) -> "Control":
         """The control for the next optimizer step, after one with this entropy (nats, token mean over all ranks)."""

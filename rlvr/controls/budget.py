@@ -1,4 +1,4 @@
-"""C3PO's token budget: every optimizer step trains on the same number of tokens."""
+"""C3PO's token budget: an optimizer step trains on so many tokens at most, and divides by that number."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from rlvr.types import Coefficients, Mean, Reduce, Tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBudget(Control):
-    """Train each optimizer step on a fixed number of tokens: responses in random order until the budget is reached.
+    """Train each optimizer step on at most a fixed number of tokens: responses in random order until it is reached.
 
     The response that reaches it is cut after its first tokens. The loss is the sum over the kept tokens / tokens, even
     where fewer or more are kept; this is aggregation `token_budget`.

@@ -55,8 +55,10 @@ class Steer(Control):
     released form. If there is nothing to compare (max |Omega| = 0, in linear max = min), all weights are 1.
 
     form: theorem, with the sampled token's own logit alone; full, with the whole softmax, exact to first order where
-    states share no parameters; released, as the authors' code has it.   min_weight: in (0, 1], of the token with the
-    largest |Omega|.   max_weight: linear only, above min_weight.   floor: exp only, a lower bound > 0 on the maximum.
+    states share no parameters; released, as the authors' code has it.
+    mapping: exp, a power of |Omega| over its maximum; linear, from max_weight down to min_weight.
+    min_weight: in (0, 1], of the token with the largest |Omega|.   max_weight: linear only, above min_weight.
+    floor: exp only, a lower bound > 0 on the maximum.
     Raises: ValueError if form, mapping or scope is unknown, a number is out of its range, linear has no max_weight, or
     exp has one.
     Metrics: steer/changed (fraction), steer/omega (mean |Omega|), steer/omega_max.

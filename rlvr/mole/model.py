@@ -41,10 +41,14 @@ MOLE = _peft_type("MOLE")
 class MoleConfig(PeftConfig):
     """A mixture of LoRA experts beside linear layers, each with a router of its own; defaults of DynMoLE's release.
 
-    r, lora_alpha, lora_dropout: of each expert; the rank of a layer is num_experts * r in all.
+    r: rank of each expert; that of a layer is num_experts * r in all.   lora_dropout: of the experts' input.
+    lora_alpha: what experts add is scaled by lora_alpha / r.
     num_experts: a number, or one for each group of layers of equal size, first to last (MoLA: [2, 4, 6, 8]).
     router: a name or {name: ..., option: ...} of `rlvr.mole.routers.ROUTERS`.
-    target_modules: names of layers, a pattern for the whole name, or "all-linear"; exclude_modules likewise.
+    target_modules: names of layers, a pattern for the whole name, or "all-linear".   exclude_modules: likewise, not.
+    modules_to_save: modules that are trained whole, and saved with the adapter.
+    layers_to_transform: numbers of the layers that get experts; all by default.
+    layers_pattern: the name of the list of layers in the model, where PEFT does not find it.
     Raises: ConfigError naming field, value and fix.
     """
 
@@ -94,7 +98,7 @@ class MoleConfig(PeftConfig):
 
 
 class MoleLinear(nn.Module, BaseTunerLayer):
-    """A linear layer, frozen, and the experts beside it: base(x) + sum_e w_e(x) B_e A_e x."""
+    """A linear layer, frozen, and the experts beside it: base(x) + (alpha / r) sum_e w_e(x) B_e A_e x."""
 
     adapter_layer_names = ("mole_experts",)
     base_layer: nn.Linear

@@ -32,9 +32,11 @@ Load = Literal["selected", "weight"]
 class Router(ABC):
     """What all routers have: called on probabilities [..., E], it gives a Routing.
 
-    q: index of the Tsallis entropy that is reported, and that `entropy_coef` weighs.   entropy_coef, balance_coef,
-    z_coef: of mean T_q normalized or not, of the load balance and of the z-loss in `auxiliary_loss`; means over all
-    routers of the model and all tokens but padding.   Raises: ValueError for q <= 0 or a negative coefficient.
+    q: index of the Tsallis entropy T_q that is reported, and that `entropy_coef` weighs.   normalized: T_q divided by
+    the largest that so many experts can have.   eps: added to every probability in T_q, as DynMoLE's release does.
+    entropy_coef: of mean T_q in `auxiliary_loss`.   balance_coef: of the load balance there.
+    z_coef: of the z-loss there. The means are over all routers of the model and all tokens but padding.
+    Raises: ValueError for q <= 0 or a negative coefficient.
     """
 
     load: ClassVar[Load] = "selected"  # what of a routing the balance counts
@@ -81,7 +83,13 @@ class DynMole(Router):
     """All experts for uncertain tokens, few for the others; defaults of the authors' release, see `hybrid_route`.
 
     With threshold 1 routing is never soft (the paper's ablation "without hybrid routing").
-    Differs from the release: eps 0, and padding is in no statistic (there the entropy counts it).
+
+    threshold: all experts where T_q is above it, normalized or not.   top_p: else the likeliest ones, by `rule`.
+    min_k: at least so many.   rule: release, those whose cumulative probability is at most top_p, weighted by their
+    probabilities as they are; reach, the fewest that reach top_p, renormalized.
+    entropy_coef: of mean T_q, the paper's beta.
+    Ref: Li et al. 2025, arXiv 2504.00661.
+    Differs: from the release, eps 0, and padding is in no statistic (there the entropy counts it).
     """
 
     load: ClassVar[Load] = "weight"
@@ -116,7 +124,12 @@ class DynMole(Router):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK(Router):
-    """The k likeliest experts, renormalized: MixLoRA, and MoLA with other numbers of experts in each layer."""
+    """The k likeliest experts, renormalized: MixLoRA, and MoLA with other numbers of experts in each layer.
+
+    k: experts per token. With 1 the weight is 1 and only the balance trains the router: `switch` is the rule for one.
+    Ref: MixLoRA, arXiv 2404.15159; MoLA, arXiv 2402.08562.
+    Differs: a router for each linear layer; MixLoRA has one for each feed-forward block, and LoRA on attention.
+    """
 
     k: int = 2
 
@@ -130,7 +143,11 @@ class TopK(Router):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopP(Router):
-    """The likeliest experts until they hold more than top_p: MixLoRA's dynamic routing."""
+    """The likeliest experts until they hold more than top_p: MixLoRA's dynamic routing.
+
+    top_p: in (0, 1]; the expert that crosses it is taken.
+    Ref: Huang et al. 2024, arXiv 2403.07652; MoE-PEFT's mixlora-dynamic.
+    """
 
     top_p: float = 0.8
 
@@ -140,7 +157,12 @@ class TopP(Router):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch(Router):
-    """The likeliest expert, weighted by its probability, with a z-loss; without capacity (see `router`)."""
+    """The likeliest expert, weighted by its probability, with a z-loss.
+
+    z_coef: of the z-loss; 0 for none.
+    Ref: Switch Transformer, arXiv 2101.03961; z-loss: ST-MoE, arXiv 2202.08906.
+    Differs: no capacity; what it drops would depend on the rest of the batch, and engine and trainer would disagree.
+    """
 
     z_coef: float = 0.001
 
@@ -150,7 +172,12 @@ class Switch(Router):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soft(Router):
-    """All experts, always: LoRAMoE without its localized balancing constraint, which needs labels of tasks."""
+    """All experts, always: LoRAMoE.
+
+    balance_coef: of the load balance; none by default.
+    Ref: Dou et al. 2023, arXiv 2312.09979.
+    Differs: no localized balancing constraint, which needs labels of tasks.
+    """
 
     load: ClassVar[Load] = "weight"
 
@@ -167,6 +194,7 @@ ROUTERS: Mapping[str, type[Router]] = {
     "top_k": TopK,
     "top_p": TopP,
 }
+"""Routers by the name that `router` gives them."""
 
 
 def build_router(spec: str | Mapping[str, Any]) -> Router:

@@ -17,6 +17,7 @@ SURROGATES: Mapping[str, Any] = {
     "gspo": Gspo,
     "gmpo": Gmpo,
 }
+"""Surrogates by the name that `surrogate` gives them."""
 
 __all__ = [
     "LOG_RATIO_LIMIT",

@@ -70,7 +70,7 @@ class Surrogate(Protocol):
         """The importance ratio that the surrogate uses, of tokens or of their sequences, [N]."""
 
     def loss(self, ratio: Tensor, tokens: Tokens) -> Tensor:
-        """Loss of each token, [N]."""
+        """Loss of each token, [N], of the ratio that `ratio` gave."""
 
     def clipped(self, ratio: Tensor, tokens: Tokens) -> Clipped:
         """Where the surrogate's bound is active."""

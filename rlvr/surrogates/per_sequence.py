@@ -14,10 +14,11 @@ from rlvr.types import Tokens
 class Gspo(Proportional):
     """PPO clip of the sequence's geometric-mean ratio s = exp(mean_t log r_t), the same for all its tokens.
 
-    low, high: the trust region of s.   Meant for sequence-mean aggregation, in which each token's gradient is s A /
-    |y|.
+    low, high: the trust region of s is [1 - low, 1 + high].
+    Meant for sequence-mean aggregation, in which each token's gradient is s A / |y|.
     Raises: ValueError if low or high is negative.
     Ref: Zheng et al. 2025, arXiv 2507.18071, Eq. 5-7.
+    Differs: verl's bounds are `clip_ratio_low`, `clip_ratio_high` (.2 unless set), its log s is at most 10, ours 20.
     """
 
     low: float = 3e-4
@@ -46,7 +47,7 @@ class Gmpo(TokenRatio):
     low, high: bounds of the log-ratio; .4 lets a ratio range from .67 to 1.49.   `ratio` is the token's.
     Raises: ValueError if low or high is negative.
     Ref: Zhao et al. 2025, arXiv 2507.20673.
-    Differs: verl divides by the length plus 1e-8.
+    Differs: verl divides by the length plus 1e-8, and averages over each micro-batch instead of the whole batch.
     """
 
     low: float = 0.4

@@ -31,8 +31,8 @@ def _score_loss(weight: Tensor, tokens: Tokens) -> Tensor:
 class PpoClip(TokenRatio):
     """max(-A r, -A clip(r, 1 - low, 1 + high)); low < high is clip-higher (DAPO).
 
-    low, high: the trust region.   dual_clip: c > 1 + high bounds the loss of a negative advantage by -A c (TRL's
-    `delta`).
+    low, high: the trust region is [1 - low, 1 + high].
+    dual_clip: c > 1 + high bounds the loss of a negative advantage by -A c (TRL's `delta`).
     Raises: ValueError if low or high is negative, or dual_clip is not above 1 + high.
     Ref: Schulman et al. 2017, arXiv 1707.06347, Eq. 7; DAPO: Yu et al. 2025, arXiv 2503.14476, Eq. 8; dual clip:
     Ye et al. 2020, arXiv 1912.09729, Eq. 5.
@@ -147,7 +147,8 @@ class Dppo:
     Raises: ValueError if low or high is negative, kl_coef is negative or infinite, or anchor is unknown; with
     `rollout`, for tokens without rollout_logps.
     Ref: Qi et al. 2026, arXiv 2602.04879 (Binary-TV); the penalty: Kimi K2.5, arXiv 2602.02276, as in prime-rl.
-    Differs: verl takes -A stop(min(r, 20)) log pi for -A r; prime-rl does not clamp the log-ratio.
+    Differs: verl takes -A stop(min(r, c)) log pi for -A r, c its `clip_ratio_c` (3 unless set; its own script 10,000);
+    prime-rl does not clamp the log-ratio.
     """
 
     low: float = 0.2

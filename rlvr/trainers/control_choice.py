@@ -90,7 +90,8 @@ def check_controls(args: "PolicyConfig") -> None:
 def _replace_engine_correction(args: "PolicyConfig", name: str) -> None:
     if not args.use_vllm:
         raise ConfigError(f"{name} reads the log-probs of a separate engine: set use_vllm: true")
-    for field in ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"):
+    for said in ("mode", "clip_max", "clip_min", "cap"):
+        field = f"vllm_importance_sampling_{said}"
         if getattr(args, field) != trl_default(field):
             raise ConfigError(f"{field}={getattr(args, field)} and {name} would correct twice: unset it")
     args.vllm_importance_sampling_correction = False

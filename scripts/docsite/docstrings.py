@@ -17,7 +17,8 @@ LABELS = ("Raises", "Returns", "Metrics", "Ref", "Differs")
 LABEL = re.compile(rf"(?<![\w.])({'|'.join(LABELS)}): ")
 OPTION = re.compile(r"([a-z]\w*(?:, [a-z]\w*)*): (.*)", re.DOTALL)
 COMMON = {
-    "scope": "rollout: statistics of the whole rollout over all processes; micro\\_batch: as published code does"
+    "scope": "rollout: once per rollout, over all processes, by the policy that made it; micro\\_batch: in each "
+    "micro-batch of one process, by the current policy."
 }
 AWAY = str.maketrans({"<": "&lt;", ">": "&gt;", "*": r"\*", "_": r"\_", "[": r"\[", "]": r"\]", "|": r"\|"})
 
@@ -49,46 +50,83 @@ def entries(paragraph: str) -> list[str]:
 
 
 def options(root: Path, path: str) -> list[tuple[str, str, str]]:
-    """(name, default, meaning) of a dataclass's fields, from its source; [] for what is no class."""
+    """(name, default, meaning) of a dataclass's fields and of those it inherits here, from the source; [] for what is
+    no class. Of a configuration, whose fields have a help, its own alone.
+    """
+    meanings, found = {}, {}
+    for node in reversed(_lineage(root, path)):
+        meanings |= {**COMMON, **_meanings(ast.get_docstring(node) or "")}
+        own = {ast.unparse(item.target): item for item in node.body if _is_field(item)}
+        if any(_given(item).get("metadata") for item in own.values()):
+            found = {}
+        found = {**own, **{name: item for name, item in found.items() if name not in own}}
+    constants = _constants(root, path)
+    defaults = {name: _default(item) for name, item in found.items()}
+    return [
+        (name, constants.get(defaults[name], defaults[name]), _help(item) or meanings.get(name, ""))
+        for name, item in found.items()
+    ]
+
+
+def fields(root: Path, path: str) -> str:
+    """A table of a configuration class's own fields with the help of each, as the command line shows it."""
+    rows = [f"| `{name}` | `{default}` | {meaning} |" for name, default, meaning in options(root, path)]
+    return "\n".join(["| field | default | what it says |", "|---|---|---|", *rows])
+
+
+def _lineage(root: Path, path: str) -> list[ast.ClassDef]:
+    """A class and the classes of this repository that it inherits from, in the order in which they are asked."""
     module, _, name = path.rpartition(".")
     tree = ast.parse(source_of(root, module))
     node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if node is None:
         return []
-    meanings = _meanings(ast.get_docstring(node) or "")
-    found = []
-    for item in node.body:
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and "ClassVar" not in ast.unparse(item.annotation)
-        ):
-            default = "" if item.value is None else ast.unparse(item.value)
-            found.append(
-                (
-                    item.target.id,
-                    default or "–",
-                    meanings.get(item.target.id, COMMON.get(item.target.id, "see the reference")),
-                )
-            )
+    imported = {
+        alias.asname or alias.name: f"{n.module}.{alias.name}"
+        for n in tree.body
+        if isinstance(n, ast.ImportFrom) and str(n.module).startswith("rlvr")
+        for alias in n.names
+    }
+    here = {n.name: f"{module}.{n.name}" for n in tree.body if isinstance(n, ast.ClassDef)}
+    bases = [{**imported, **here}.get(ast.unparse(base)) for base in node.bases]
+    return [node, *(above for base in bases if base for above in _lineage(root, base))]
+
+
+def _constants(root: Path, path: str) -> dict[str, str]:
+    """The values of a class's module that have a name there."""
+    found = {}
+    for item in ast.parse(source_of(root, path.rpartition(".")[0])).body:
+        if isinstance(item, ast.Assign):
+            target, value = item.targets[0], item.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+            found |= {ast.unparse(name): ast.unparse(x) for name, x in pairs}
     return found
 
 
-def fields(root: Path, path: str) -> str:
-    """A table of a configuration class's fields with the help of each, as the command line shows it."""
-    module, _, name = path.rpartition(".")
-    node = next(n for n in ast.parse(source_of(root, module)).body if isinstance(n, ast.ClassDef) and n.name == name)
-    rows = ["| field | default | what it says |", "|---|---|---|"]
-    for item in node.body:
-        if not (isinstance(item, ast.AnnAssign) and isinstance(item.value, ast.Call)):
-            continue
-        given = {word.arg: word.value for word in item.value.keywords}
-        if "metadata" not in given:
-            continue
-        said = ast.literal_eval(given["metadata"])["help"].replace("%(default).0s", "")
-        default = ast.unparse(given["default"]) if "default" in given else ast.unparse(given["default_factory"])
-        rows.append(f"| `{ast.unparse(item.target)}` | `{default}` | {said.translate(AWAY)} |")
-    return "\n".join(rows)
+def _is_field(item: ast.stmt) -> bool:
+    return isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)
+
+
+def _given(item: ast.AnnAssign) -> dict[str | None, ast.expr]:
+    """The arguments of a field's `field(...)`."""
+    return {word.arg: word.value for word in item.value.keywords} if isinstance(item.value, ast.Call) else {}
+
+
+def _default(item: ast.AnnAssign) -> str:
+    given = _given(item)
+    value = given.get("default", given.get("default_factory", item.value))
+    if value is None:
+        return "–"
+    return ast.unparse(value.body if isinstance(value, ast.Lambda) else value)
+
+
+def _help(item: ast.AnnAssign) -> str:
+    metadata = _given(item).get("metadata")
+    if metadata is None:
+        return ""
+    said: str = ast.literal_eval(metadata)["help"].replace("%(default).0s", "")
+    return said.translate(AWAY)
 
 
 def source_of(root: Path, module: str) -> str:

@@ -2,12 +2,12 @@
 
     python scripts/docsite/methods.py    writes the two tables anew
 
-A page takes its formula, and what was measured, from the data; hyper-parameters and what they mean from the class; the
-recipe from recipes/; the paper's setting and numbers from PAPERS.md.
+A page takes its formula, how it is set, and what was measured, from the data; hyper-parameters and what they mean from
+the class; the recipe from recipes/; the paper's setting and numbers from PAPERS.md.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ TABLES = {  # document: the head of its table
     "README.md": "| method | what it does | setting | recipe |\n|---|---|---|---|\n",
     "PAPERS.md": "| method | paper | use here | ours |\n|---|---|---|---|\n",
 }
+OPTIONS = "| of | option | default | meaning |\n|---|---|---|---|\n"
+NONE = ["Not measured here."]
+COST = "what does each control's arithmetic cost?"
 IN_LABORATORY = {  # titles there of methods that have another one, or several forms
     "STEER": ("STEER (theorem)", "STEER (released)", "STEER (full)"),
     "adaptive entropy bonus": ("adaptive bonus",),
@@ -30,7 +33,11 @@ LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)]+)\)")
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """name, does, setting, recipe: README's cells.   paper, use, ours: those of PAPERS.md.   section: its heading."""
+    """name, does, setting, recipe: README's cells.   paper, use, ours: those of PAPERS.md.   section: its heading.
+
+    yaml: what makes the method of the recipe `into`, in place of its lines of the same names.   needs: what else it
+    asks for.   fields: TRL's that belong to it, each [default, meaning].   more: other recipes.   at: its page's name.
+    """
 
     name: str
     does: str
@@ -40,16 +47,22 @@ class Method:
     classes: list[str]
     when: str
     formula: str
-    measured: str
     group: str
+    yaml: str
+    into: str
+    needs: str = ""
     recipe: str = ""
     use: str = ""
     section: str = ""
+    measured: str = ""
     cost: str = ""
+    at: str = ""
+    more: list[str] = field(default_factory=list)
+    fields: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
-        return self.recipe or re.sub(r"\W+", "_", self.name.lower())
+        return self.at or self.recipe or re.sub(r"\W+", "_", self.name.lower())
 
     @property
     def readme_row(self) -> str:
@@ -68,16 +81,6 @@ def read_methods() -> list[Method]:
         data = yaml.safe_load((ROOT / "docs" / "methods" / f"{name}.yaml").read_text())
         found += [Method(group=data["group"], **entry) for entry in data["methods"]]
     return found
-
-
-def paper_of(method: Method) -> str:
-    """Its paper, also where the table says that it is that of the row above."""
-    paper = ""
-    for other in read_methods():
-        paper = paper if other.paper == "the same" else other.paper
-        if other == method:
-            break
-    return paper
 
 
 def table(document: str) -> str:
@@ -110,44 +113,51 @@ def section(heading: str) -> str:
 def launch_line(recipe: str) -> str:
     """How a recipe is started, as its own comments say."""
     text = (ROOT / "recipes" / f"{recipe}.yaml").read_text()
-    script = re.search(r"recipes/(?:ppo|mole_sft)\.py", text)
     launch = re.search(r"recipes/accelerate/\w+\.yaml", text)
     config = launch[0] if launch else "recipes/accelerate/one_gpu.yaml"
-    started = script[0] if script else "recipes/grpo.py"
-    return f"accelerate launch --config_file {config} {started} --config recipes/{recipe}.yaml"
+    return f"accelerate launch --config_file {config} {_script(recipe)} --config recipes/{recipe}.yaml"
+
+
+def _script(recipe: str) -> str:
+    """What a recipe is launched with."""
+    text = (ROOT / "recipes" / f"{recipe}.yaml").read_text()
+    script = re.search(r"Launch it with (recipes/\w+\.py)", text)
+    return script[1] if script else "recipes/grpo.py"
 
 
 def page(method: Method) -> str:
     """The Markdown of one method."""
-    parts = [
-        f"# {method.name}",
-        f"{method.does[0].upper()}{method.does[1:]}. Setting: {method.setting}.".replace("(docs/", "(../"),
-    ]
-    parts += [f"Paper: {paper_of(method)}.", f"**When.** {method.when}"]
+    setting = f"Setting: {method.setting}.".replace("(docs/", "(../")
+    parts = [f"# {method.name}", f"{method.does[0].upper()}{method.does[1:]}. {setting}".replace("(docs/", "(../")]
+    parts += [f"Paper: {method.paper}.", f"**When.** {method.when}"]
+    parts += [f"**Needs.** {method.needs}"] if method.needs else []
     parts += ["## Formula", f"```text\n{method.formula}\n```"]
-    knobs = [row for path in method.classes for row in _knobs(path)]
-    if knobs:
-        head = "| of | option | default | meaning |\n|---|---|---|---|\n"
-        parts += ["## Options", head + "\n".join(knobs)]
+    parts += ["## Setting", _added(method), f"```yaml\n{method.yaml.strip()}\n```"]
+    parts += ["## Options", OPTIONS + "\n".join(_knobs(method))]
     if method.classes:
         parts.append("Reference: " + ", ".join(f"[`{path}`][{path}]" for path in method.classes) + ".")
-    parts += ["## Recipe", _recipe(method.recipe)]
-    said = "what does each control's arithmetic cost?"
-    cost = f' Its arithmetic takes {method.cost} µs a token on a CPU (LOG.md, "{said}").'
-    parts += [
-        "## Measured here",
-        (method.measured + (cost if method.cost else "")).replace("LOG.md", "[LOG.md](../../LOG.md)", 1),
-    ]
-    parts += [
+    parts += ["## Recipe", *map(_recipe, [method.recipe, *method.more])] if method.recipe else []
+    found = [
         laboratory.evidence(title)
         for title in IN_LABORATORY.get(method.name, (method.name,))
         if title in laboratory.titles()
     ]
-    if method.section:
-        parts += ["## The paper's setting and numbers", section(method.section)]
-    else:
-        parts += ["## The paper's setting and numbers", "None in [PAPERS.md](../../PAPERS.md)."]
+    parts += ["## Measured here", *([_measured(method), *found] if method.measured or method.cost or found else NONE)]
+    parts += ["## The paper's setting and numbers", section(method.section)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _added(method: Method) -> str:
+    script = _script(method.into)
+    if any(path.endswith(".PPOConfig") for path in method.classes):
+        script = "recipes/ppo.py"
+    return f"In place of the lines of the same names in `recipes/{method.into}.yaml`, launched with `{script}`:"
+
+
+def _measured(method: Method) -> str:
+    cost = f'Its arithmetic takes {method.cost} µs a token on a CPU with other load (LOG.md, "{COST}").'
+    said = " ".join(part for part in (method.measured, cost if method.cost else "") if part)
+    return said.replace("LOG.md", "[LOG.md](../../LOG.md)")
 
 
 def index() -> str:
@@ -186,17 +196,17 @@ def _title(group: str) -> str:
 
 
 def _recipe(name: str) -> str:
-    if not name:
-        return "None of its own: add the setting above to any recipe."
     return (
         f'```bash\n{launch_line(name)}\n```\n\n```yaml title="recipes/{name}.yaml"\n--8<-- "recipes/{name}.yaml"\n```'
     )
 
 
-def _knobs(path: str) -> list[str]:
-    found = docstrings.options(ROOT, path)
-    cls = path.rpartition(".")[2]
-    return [f"| `{cls}` | `{name}` | `{default}` | {meaning} |" for name, default, meaning in found]
+def _knobs(method: Method) -> list[str]:
+    found = []
+    for path in method.classes:
+        found += [(path.rpartition(".")[2], *option) for option in docstrings.options(ROOT, path)]
+    found += [("TRL", name, *said) for name, said in method.fields.items()]
+    return [f"| `{of}` | `{name}` | `{default}` | {meaning} |" for of, name, default, meaning in found]
 
 
 def write() -> None:
