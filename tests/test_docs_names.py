@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from docs_cases import GENERATED, PAGES, ROOT, docstrings, methods, name_of, text_of
+from test_recipes import eight_processes
 from transformers import TrainingArguments
 from trl import GRPOConfig as StockConfig
 from trl import ModelConfig
@@ -22,6 +23,8 @@ from rlvr.errors import ConfigError
 from rlvr.monitor.metrics import METRICS
 from rlvr.surrogates import SURROGATES
 from rlvr.tasks import TaskConfig
+from rlvr.trainers.launch import parse_arguments
+from rlvr.trainers.sft import SFTConfig
 
 
 @pytest.mark.parametrize("page", [*PAGES, *GENERATED], ids=name_of)
@@ -91,6 +94,28 @@ def test_method_is_documented_as_it_is(method: Any) -> None:
 def numbers(text: str) -> set[str]:
     """Measured numbers as they are written, such as .740 or 4.67; not those of settings and sentences."""
     return set(re.findall(r"(?<![\w.])\d*\.\d\d+(?![\w.]*\w)", text))
+
+
+@pytest.mark.parametrize("method", methods.read_methods(), ids=lambda method: method.slug)
+def test_method_setting_makes_a_configuration(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the recipe that the page names, in place of its lines of these names, without what must not be beside it."""
+    setting = yaml.safe_load(method.yaml)
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{method.into}.yaml").read_text())
+    if "remove both lines" in method.needs:
+        recipe = {name: value for name, value in recipe.items() if not name.startswith("vllm_importance_sampling_")}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, **setting}))
+    eight_processes(monkeypatch)
+    script = {"recipes/mole_sft.py": SFTConfig, "recipes/ppo.py": rlvr.PPOConfig}.get(
+        methods.started(method), rlvr.GRPOConfig
+    )
+    flags = ["--use_cpu", "true"] if script is SFTConfig else []
+    _, args, _ = parse_arguments(script, ["--config", str(path), *flags])
+    if script is SFTConfig:
+        assert args.mole_config is not None
+    elif isinstance(setting.get("controls"), list):
+        wanted = [one if isinstance(one, str) else one["name"] for one in setting["controls"]]
+        assert [control.name for control in args.control_list] == wanted
 
 
 def test_measured_numbers_are_in_the_log() -> None:

@@ -56,10 +56,11 @@ def ours(title: str) -> str:
     """A cell of PAPERS.md."""
     row = table("methods")[title]
     names = ("H at the end", "pass@1", "pass@64")
+    form = f" {title.partition(' ')[2]}" if title.endswith(")") else ""
     if not row["H at the end less GRPO"]:
         return "[laboratory](docs/lab/results.md): " + ", ".join(f"{_short(name)} {row[name]}" for name in names)
     differences = [f"{_short(name)} {_starred(row, name)}" for name in names]
-    return "[laboratory](docs/lab/results.md), less GRPO: " + ", ".join(differences)
+    return f"[laboratory](docs/lab/results.md){form}, less GRPO: " + ", ".join(differences)
 
 
 def _short(name: str) -> str:

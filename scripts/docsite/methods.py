@@ -72,7 +72,14 @@ class Method:
     @property
     def papers_row(self) -> str:
         use = f"`recipes/{self.recipe}.yaml`" if self.recipe else self.use
-        return f"| {self.name} | {self.paper} | {use} | {self.ours} |"
+        found = [laboratory.ours(title) for title in self.compared]
+        return f"| {self.name} | {self.paper} | {use} | {'; '.join([self.ours, *found])} |"
+
+    @property
+    def compared(self) -> list[str]:
+        """Its titles in the laboratory's results."""
+        wanted = IN_LABORATORY.get(self.name, (self.name,))
+        return [title for title in wanted if title in laboratory.titles()]
 
 
 def read_methods() -> list[Method]:
@@ -137,21 +144,22 @@ def page(method: Method) -> str:
     if method.classes:
         parts.append("Reference: " + ", ".join(f"[`{path}`][{path}]" for path in method.classes) + ".")
     parts += ["## Recipe", *map(_recipe, [method.recipe, *method.more])] if method.recipe else []
-    found = [
-        laboratory.evidence(title)
-        for title in IN_LABORATORY.get(method.name, (method.name,))
-        if title in laboratory.titles()
-    ]
+    found = [laboratory.evidence(title) for title in method.compared]
     parts += ["## Measured here", *([_measured(method), *found] if method.measured or method.cost or found else NONE)]
     parts += ["## The paper's setting and numbers", section(method.section)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def started(method: Method) -> str:
+    """What its setting is launched with."""
+    has_critic = any(path.endswith(".PPOConfig") for path in method.classes)
+    return "recipes/ppo.py" if has_critic else _script(method.into)
+
+
 def _added(method: Method) -> str:
-    script = _script(method.into)
-    if any(path.endswith(".PPOConfig") for path in method.classes):
-        script = "recipes/ppo.py"
-    return f"In place of the lines of the same names in `recipes/{method.into}.yaml`, launched with `{script}`:"
+    return (
+        f"In place of the lines of the same names in `recipes/{method.into}.yaml`, launched with `{started(method)}`:"
+    )
 
 
 def _measured(method: Method) -> str:
