@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from docs_cases import GENERATED, PAGES, ROOT, docstrings, methods, name_of, text_of
 from test_recipes import eight_processes
@@ -17,12 +18,15 @@ from trl import GRPOConfig as StockConfig
 from trl import ModelConfig
 
 import rlvr
+from rlvr.advantages import group_relative, leave_one_out
 from rlvr.alarm import KINDS
 from rlvr.controls import CONTROLS
 from rlvr.errors import ConfigError
+from rlvr.mole.routers import ROUTERS
 from rlvr.monitor.metrics import METRICS
 from rlvr.surrogates import SURROGATES
 from rlvr.tasks import TaskConfig
+from rlvr.thermostat import Thermostat
 from rlvr.trainers.launch import parse_arguments
 from rlvr.trainers.sft import SFTConfig
 
@@ -41,6 +45,16 @@ def test_monitoring_has_every_view_and_every_alert() -> None:
     titles = {re.search(r'^  title: "(\w+)",$', path.read_text(), re.MULTILINE)[1] for path in views.glob("*.js")}  # type: ignore[index]
     assert titles == set(re.findall(r"^- \*\*(\w+)\.\*\*", text, re.MULTILINE))
     assert set(KINDS) == set(re.findall(r"^\| `(\w+)` \|", text.partition("## Every alert")[2], re.MULTILINE))
+
+
+def test_reference_of_the_command_line_has_every_command_and_flag() -> None:
+    pytest.importorskip("mkdocs")
+    import hooks
+
+    text = hooks._commands()
+    for name in ("report", "summary", "watch", "dashboard", "metrics", "serve", "plan", "select-checkpoint"):
+        assert f"## rlvr {name}\n" in text
+    assert "--kv_cache_gib" in text and "--interval" in text and "All flags: `rlvr plan --help`" in text
 
 
 # ----------------------------------------------------------------------------------------------------------- methods
@@ -74,9 +88,11 @@ def test_every_method_of_the_laboratory_is_on_a_page() -> None:
     assert len(laboratory.titles()) == 16 and all(laboratory.evidence(title) in told for title in laboratory.titles())
 
 
-def test_every_control_and_surrogate_has_a_page() -> None:
+def test_every_control_surrogate_router_and_estimator_has_a_page() -> None:
     named = {path.rpartition(".")[2] for method in methods.read_methods() for path in method.classes}
-    assert {cls.__name__ for cls in [*CONTROLS.values(), *SURROGATES.values()]} <= named
+    assert {cls.__name__ for cls in [*CONTROLS.values(), *SURROGATES.values(), *ROUTERS.values()]} <= named
+    assert {group_relative.__name__, leave_one_out.__name__} <= named
+    assert len({method.slug for method in methods.read_methods()}) == len(methods.read_methods())
 
 
 @pytest.mark.parametrize("method", methods.read_methods(), ids=lambda method: method.slug)
@@ -85,37 +101,69 @@ def test_method_is_documented_as_it_is(method: Any) -> None:
         module, _, name = path.rpartition(".")
         real = getattr(importlib.import_module(module), name)
         if isinstance(real, type):
-            shown = [option for option, _, _ in docstrings.options(ROOT, path)]
-            names = {f.name for f in fields(real)}
-            assert set(shown) <= names and bool(shown) is bool(names)
-    assert method.section or method.slug in {"dual_clip", "entropy_bonus", "loramoe"}
+            shown = docstrings.options(ROOT, path)
+            names = {f.name for f in fields(real) if f.init}
+            if name.endswith("Config"):  # of a configuration its own: what it inherits is TRL's or PEFT's
+                names &= real.__annotations__.keys()
+            assert {option for option, _, _ in shown} == names, path
+            assert all(meaning for _, _, meaning in shown), f"{path}: an option has no meaning in the docstring"
+    for name, (default, _) in method.fields.items():
+        assert next(f for f in fields(rlvr.GRPOConfig) if f.name == name).default == default, name
+    assert re.search(r"^\| `\w+` \| `\w+` \| ", methods.page(method), re.MULTILINE), "no options"
+    assert not re.match(r"the same|of |there ", method.does)
+
+
+@pytest.mark.parametrize("method", methods.read_methods(), ids=lambda method: method.slug)
+def test_setting_of_a_method_makes_a_configuration(
+    method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its page says to put into a recipe is accepted there, and is what the page is of."""
+    recipe, given = ROOT / "recipes" / f"{method.into}.yaml", yaml.safe_load(method.yaml)
+    path = tmp_path / recipe.name
+    path.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **given, "output_dir": str(tmp_path)}))
+    script = re.search(r"launched with `recipes/(\w+)\.py`", methods.page(method))
+    assert script
+    config_class: Any = {"ppo": rlvr.PPOConfig, "mole_sft": SFTConfig, "grpo": rlvr.GRPOConfig}[script[1]]
+    if script[1] == "mole_sft" or method.into == "quickstart":
+        monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    else:
+        eight_processes(monkeypatch)
+    flags = ["--use_cpu", "true"] if config_class is SFTConfig and not torch.accelerator.is_available() else []
+    _, args, _ = parse_arguments(config_class, ["--config", str(path), *flags])
+    classes = {path.rpartition(".")[2] for path in method.classes}
+    assert ("PPOConfig" in classes) is (config_class is rlvr.PPOConfig)
+    if "mole" in given:
+        assert type(args.mole_config.built_router).__name__ in classes
+        return
+    made = {type(part).__name__ for part in (*args.control_list, args.surrogate_fn, args.thermostat_config)}
+    parts = {cls.__name__ for cls in [*CONTROLS.values(), *SURROGATES.values(), Thermostat]}
+    assert classes & parts <= made, f"{sorted(made)} of the setting"
+    for name in {
+        "loss_type",
+        "scale_rewards",
+        "advantage_estimator",
+        "critic",
+        "lam",
+        "num_generations",
+    } & given.keys():
+        assert getattr(args, name) == given[name]
+
+
+def test_recipes_too_large_for_unsharded_weights_are_launched_with_sharded_ones() -> None:
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        if "size does not fit" in (text := path.read_text()) or re.search("(14|30|32)B", text.partition("task:")[0]):
+            assert "zero3" in methods.launch_line(path.stem), path.stem
+
+
+def test_papers_tell_what_the_laboratory_found() -> None:
+    import laboratory
+
+    assert all(laboratory.ours(title) in methods.standing("PAPERS.md") for title in laboratory.titles())
 
 
 def numbers(text: str) -> set[str]:
     """Measured numbers as they are written, such as .740 or 4.67; not those of settings and sentences."""
     return set(re.findall(r"(?<![\w.])\d*\.\d\d+(?![\w.]*\w)", text))
-
-
-@pytest.mark.parametrize("method", methods.read_methods(), ids=lambda method: method.slug)
-def test_method_setting_makes_a_configuration(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the recipe that the page names, in place of its lines of these names, without what must not be beside it."""
-    setting = yaml.safe_load(method.yaml)
-    recipe = yaml.safe_load((ROOT / "recipes" / f"{method.into}.yaml").read_text())
-    if "remove both lines" in method.needs:
-        recipe = {name: value for name, value in recipe.items() if not name.startswith("vllm_importance_sampling_")}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**recipe, **setting}))
-    eight_processes(monkeypatch)
-    script = {"recipes/mole_sft.py": SFTConfig, "recipes/ppo.py": rlvr.PPOConfig}.get(
-        methods.started(method), rlvr.GRPOConfig
-    )
-    flags = ["--use_cpu", "true"] if script is SFTConfig else []
-    _, args, _ = parse_arguments(script, ["--config", str(path), *flags])
-    if script is SFTConfig:
-        assert args.mole_config is not None
-    elif isinstance(setting.get("controls"), list):
-        wanted = [one if isinstance(one, str) else one["name"] for one in setting["controls"]]
-        assert [control.name for control in args.control_list] == wanted
 
 
 def test_measured_numbers_are_in_the_log() -> None:

@@ -4,6 +4,7 @@ The files of docs/ and the root link to each other as they lie in the repository
 here each link is turned to where its target lies in the site.
 """
 
+import argparse
 import posixpath
 import re
 import sys
@@ -22,6 +23,7 @@ PAGES |= {"CHANGELOG.md": "CHANGELOG.md"}
 OF_REPOSITORY = {site: real for real, site in PAGES.items()}
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
+COMMANDS = "<!-- commands -->"
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -45,8 +47,27 @@ def on_files(files: Any, *, config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     site = page.file.src_uri
     markdown = FIELDS.sub(lambda found: docstrings.fields(ROOT, found[1]), markdown)
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, _commands())
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(lambda m: _link(m, site), part) for part in parts)
+
+
+def _commands() -> str:
+    """Each subcommand of `rlvr` as its own --help says."""
+    sys.path.insert(0, str(ROOT))
+    from rlvr.cli import _parser
+
+    found = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    said = {choice.dest: choice.help for choice in found._choices_actions}
+    return "\n\n".join(f"## rlvr {name}\n\n{_command(said[name], one)}" for name, one in found.choices.items())
+
+
+def _command(said: str | None, parser: argparse.ArgumentParser) -> str:
+    if not parser.add_help:  # its flags are fields of dataclasses
+        return f"{said}. All flags: `{parser.prog} --help`."
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
+    return f"{said}.\n\n```text\n{parser.format_help().strip()}\n```"
 
 
 def _link(found: re.Match[str], site: str) -> str:
