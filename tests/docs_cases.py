@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import yaml
 
 import rlvr
 
@@ -59,8 +60,8 @@ def all_commands() -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
     for page in [*PAGES, *GENERATED]:
         for line in commands(page):
-            if line not in seen:
-                seen.add(line)
+            if (words := shlex.join(shlex.split(line, comments=True))) not in seen:
+                seen.add(words)
                 yield name_of(page), line
 
 
@@ -144,8 +145,10 @@ def accelerate(words: Sequence[str]) -> None:
 
     assert words[0] == "launch"
     arguments = launch_command_parser().parse_args([word for word in words[1:] if word != "..."])
-    assert arguments.config_file is None or (ROOT / arguments.config_file).is_file()
-    recipe([arguments.training_script, *arguments.training_script_args])
+    file = yaml.safe_load((ROOT / arguments.config_file).read_text()) if arguments.config_file else {}
+    precision = arguments.mixed_precision or file.get("mixed_precision", "no")
+    with patch.dict(os.environ, ACCELERATE_MIXED_PRECISION=precision):  # as the launched process has it
+        recipe([arguments.training_script, *arguments.training_script_args])
 
 
 def torchrun(words: Sequence[str]) -> None:
@@ -205,8 +208,6 @@ def pytest_command(words: Sequence[str]) -> None:
 
 def verl_overrides(words: Sequence[str]) -> None:
     """Names below `policy_loss` are those of the integration; their values are an objective."""
-    import yaml
-
     from rlvr.integrations.verl import LOSS_MODE, objective
 
     given = dict(

@@ -68,9 +68,9 @@ def trainer(kind: str, model_dir: str, out: str, **settings: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     heldout = rows.select(range(2)) if args.eval_strategy != "no" else None
     one = cls(model_dir, odd_share, args, rows, heldout, processing_class=tokenizer)
-    if args.metric_for_best_model == "shrinking":  # so that the first checkpoint is the best
+    if args.load_best_model_at_end:  # a reward that shrinks, so that the first checkpoint is the best
         measure = one.evaluate
-        one.evaluate = lambda *a, **k: {**measure(*a, **k), "eval_shrinking": -float(one.state.global_step)}
+        one.evaluate = lambda *a, **k: {**measure(*a, **k), "eval_heldout/reward": -float(one.state.global_step)}
     return one
 
 

@@ -165,6 +165,22 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
         ("gradient_accumulation_steps=4", "6", "one must divide the other"),
     ),
+    "best by the loss": (
+        {"metric_for_best_model": "eval_loss"},
+        ("='eval_loss'", "with no loss", "use one of heldout/reward"),
+    ),
+    "best by TRL's reward": (
+        {"metric_for_best_model": "reward"},
+        ("metric_for_best_model='reward'", "heldout/reward"),
+    ),
+    "best by more samples than there are": (
+        {"metric_for_best_model": "heldout/pass_at_16"},
+        ("heldout/pass_at_16", "heldout/pass_at_8"),
+    ),
+    "worst as the best": (
+        {"load_best_model_at_end": True, "greater_is_better": False},
+        ("greater_is_better=False", "heldout/reward", "unset it"),
+    ),
 }
 
 
@@ -254,3 +270,18 @@ def test_surrogate_of_the_settings(settings: dict[str, Any], surrogate: Any, mak
 )
 def test_aggregation_of_the_loss_type(loss_type: str, aggregation: str, make: Make) -> None:
     assert make(loss_type=loss_type).aggregation == aggregation
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+
+
+def test_best_checkpoint_is_by_default_that_of_the_largest_heldout_reward(make: Make) -> None:
+    for settings in (BEST, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}):
+        assert make(**settings).metric_for_best_model == "heldout/reward"
+        assert make(**settings).greater_is_better is True
+    assert make().metric_for_best_model is None
+
+
+@pytest.mark.parametrize("name", ["heldout/pass_at_4", "eval_heldout/pass_at_8", "eval_sums_heldout/reward"])
+def test_best_checkpoint_may_be_by_what_an_evaluation_measures(name: str, make: Make) -> None:
+    assert make(**BEST, metric_for_best_model=name).metric_for_best_model == name

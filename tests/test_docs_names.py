@@ -24,18 +24,23 @@ from rlvr.controls import CONTROLS
 from rlvr.errors import ConfigError
 from rlvr.mole.routers import ROUTERS
 from rlvr.monitor.metrics import METRICS
+from rlvr.planning.settings import Settings
 from rlvr.surrogates import SURROGATES
 from rlvr.tasks import TaskConfig
 from rlvr.thermostat import Thermostat
+from rlvr.trainers.checkpoint_choice import ChoiceConfig
 from rlvr.trainers.launch import parse_arguments
 from rlvr.trainers.sft import SFTConfig
+from rlvr.trainers.trl_bridge import METRIC_NAMES, REPLACED_METRICS
+
+OF_VERL = {("from-verl.md", "critic/vf_explained_var")}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *GENERATED], ids=name_of)
 def test_metrics_that_are_named_exist(page: Path) -> None:
     areas = {name.partition("/")[0] for name in METRICS}
     for area, name in re.findall(r"`([a-z_]+)/([a-z_0-9]+)`", text_of(page)):
-        if area in areas and name != "effect":
+        if area in areas and name != "effect" and (page.name, f"{area}/{name}") not in OF_VERL:
             assert f"{area}/{name}" in METRICS, f"{name_of(page)}: {area}/{name}"
 
 
@@ -54,7 +59,23 @@ def test_reference_of_the_command_line_has_every_command_and_flag() -> None:
     text = hooks._commands()
     for name in ("report", "summary", "watch", "dashboard", "metrics", "serve", "plan", "select-checkpoint"):
         assert f"## rlvr {name}\n" in text
-    assert "--kv_cache_gib" in text and "--interval" in text and "All flags: `rlvr plan --help`" in text
+    assert "--kv_cache_gib" in text and "--interval" in text
+    assert all(f"--{f.name}" in text for of in (Settings, ChoiceConfig, TaskConfig) for f in fields(of))
+
+
+def test_reference_has_every_metric() -> None:
+    pytest.importorskip("mkdocs")
+    import hooks
+
+    assert hooks.METRICS in (ROOT / "docs" / "api" / "monitor.md").read_text()
+    rows = hooks._metrics().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [*METRICS, "<control>/effect"]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+
+
+def test_reference_escapes_nothing_inside_code() -> None:
+    codes = re.findall(r"`([^`\n]+)`", docstrings.fields(ROOT, "rlvr.tasks.config.TaskConfig"))
+    assert "chain_sum" in codes and not any("\\_" in code for code in codes)
 
 
 # ----------------------------------------------------------------------------------------------------------- methods
@@ -74,6 +95,8 @@ def test_results_of_the_laboratory_are_those_of_its_data() -> None:
 def test_numbers_that_are_told_of_the_laboratory_are_its() -> None:
     import laboratory
 
+    for mean, half in re.findall(r"(?<![+−\d])(\.\d{3}) ± (\.\d{3})", (ROOT / "docs" / "instruments.md").read_text()):
+        assert f"0{mean} ± 0{half}" in laboratory.page(), mean
     told = re.findall(r"([+−])\.(\d{3}) ± \.(\d{3})", (ROOT / "docs" / "concepts.md").read_text())
     assert len(told) > 20
     for sign, mean, half in told:
@@ -149,6 +172,16 @@ def test_setting_of_a_method_makes_a_configuration(
         assert getattr(args, name) == given[name]
 
 
+@pytest.mark.parametrize("slug", ["clip_higher", "dapo"])
+def test_setting_of_a_baseline_makes_its_recipe(slug: str) -> None:
+    method = next(method for method in methods.read_methods() if method.slug == slug)
+    wanted, made = (yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text()) for name in (slug, method.into))
+    made |= yaml.safe_load(method.yaml) | {"output_dir": wanted["output_dir"]}
+    if made.get("controls") == "none":
+        made.pop("controls")
+    assert made == wanted
+
+
 def test_recipes_too_large_for_unsharded_weights_are_launched_with_sharded_ones() -> None:
     for path in (ROOT / "recipes").glob("*.yaml"):
         if "size does not fit" in (text := path.read_text()) or re.search("(14|30|32)B", text.partition("task:")[0]):
@@ -166,8 +199,11 @@ def numbers(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w.])\d*\.\d\d+(?![\w.]*\w)", text))
 
 
-def test_measured_numbers_are_in_the_log() -> None:
+def test_measured_numbers_are_in_the_log_or_the_laboratory() -> None:
+    import laboratory
+
     log = numbers((ROOT / "LOG.md").read_text())
+    log |= {number.removeprefix("0") for number in numbers(laboratory.page())}
     for method in methods.read_methods():
         assert numbers(method.measured) <= log, method.name
 
@@ -196,6 +232,27 @@ def test_from_trl_names_every_field_of_both() -> None:
             next(f for f in fields(of) if f.name == name).default for of in (rlvr.GRPOConfig, StockConfig)
         )
         assert ours_default == theirs, name
+
+
+def metric_rows(page: str) -> list[list[list[str]]]:
+    """The names in each cell of a page's table of metrics; those of one cell may share their beginning."""
+    text = (ROOT / "docs" / page).read_text().partition("## Names of metrics")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows]
+
+
+def test_names_of_metrics_are_those_of_both() -> None:
+    trl = (Path(str(importlib.util.find_spec("trl").origin)).parent / "trainer" / "grpo_trainer.py").read_text()  # type: ignore[union-attr]
+    for ours, theirs in metric_rows("from-trl.md"):
+        assert set(ours) <= METRICS.keys() and all(f'"{name}"' in trl for name in theirs), (ours, theirs)
+        for mine, name in zip(ours, theirs, strict=False):
+            assert METRIC_NAMES.get(name, mine) == mine
+    gone = {name for _, theirs in metric_rows("from-trl.md") for name in theirs}
+    assert {*METRIC_NAMES, *REPLACED_METRICS} <= gone
+    verl = set((ROOT / "tests" / "data" / "verl-0.9.1-metrics.txt").read_text().split())
+    for ours, theirs, *_ in metric_rows("from-verl.md"):
+        assert set(ours) <= METRICS.keys(), ours
+        assert {name for name in theirs if not name.startswith("val-core/")} <= verl, theirs
 
 
 REFUSED = {

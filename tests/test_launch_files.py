@@ -3,23 +3,24 @@
 import json
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import docs_cases
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from test_ranks_training import trained_from
+from test_recipes import eight_processes
 
+from rlvr.errors import ConfigError
 from rlvr.planning.memory import SEVERAL, SINGLE
 from rlvr.trainers.config import GRPOConfig
-from rlvr.trainers.launch import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 YAMLS = {path.stem: path for path in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
@@ -175,23 +176,26 @@ def test_launch_trains_what_one_process_does(
 
 
 def launch_lines() -> list[str]:
-    """`accelerate launch` lines of the documentation, each in one piece."""
+    """`accelerate launch` lines of the documentation, pages that are made of data included, each in one piece."""
     lines = []
-    for path in (ROOT / "docs" / "scaling.md", ROOT / "README.md", *YAMLS.values()):
-        text = path.read_text().replace("\\\n", " ")
-        lines += re.findall(r"^\W*(accelerate launch .*)$", text, re.MULTILINE)
-    return lines
+    paths = (ROOT / "docs" / "scaling.md", ROOT / "README.md", *YAMLS.values())
+    for text in [*(path.read_text() for path in paths), *docs_cases.GENERATED.values()]:
+        lines += re.findall(r"^\W*(accelerate launch .*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return list(dict.fromkeys(lines))
 
 
 @pytest.mark.parametrize("line", launch_lines())
-def test_documented_launch_parses(line: str) -> None:
-    words = [word for word in shlex.split(line, comments=True) if word != "..."]
-    words = [{"HOST": "127.0.0.1", "R": "0"}.get(word, word) for word in words]
-    arguments = launch_command_parser().parse_args(words[2:])
-    assert arguments.config_file is None or (ROOT / arguments.config_file).is_file()
-    assert (ROOT / arguments.training_script).is_file()
-    if "--config" in arguments.training_script_args and arguments.training_script.endswith("grpo.py"):
-        flags = arguments.training_script_args
-        at = flags.index("--config") + 1
-        config = ROOT / flags[at].replace("RECIPE", "recipes/gsm8k_lora")
-        parse_arguments(GRPOConfig, [*flags[:at], str(config), *flags[at + 1 :]])
+def test_documented_launch_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings are, too, by a process that computes in the launch file's precision."""
+    monkeypatch.chdir(ROOT)
+    if re.search(r"accelerate/(zero|ddp)", line) and "--num_processes" not in line and "RECIPE" not in line:
+        eight_processes(monkeypatch)
+    words = docs_cases.words_of(line)
+    docs_cases.accelerate([*words[1:], *([] if "--config" in words else ["--config", "recipes/gsm8k_lora.yaml"])])
+
+
+def test_launch_in_another_precision_than_the_recipe_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    launched = "--config_file recipes/accelerate/one_gpu.yaml recipes/grpo.py --config recipes/mole_grpo.yaml"
+    with pytest.raises(ConfigError, match="the launch computes in bf16"):
+        docs_cases.check(f"accelerate launch {launched}")

@@ -91,7 +91,7 @@ def test_ranks_whose_run_is_over_load_it_and_save_it_again(
 def test_ranks_that_load_the_best_checkpoint_hold_one_policy(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Which is not the newest."""
     settings = {"max_steps": 3, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}
-    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "shrinking", "per_device_eval_batch_size": 2}
+    settings |= {"load_best_model_at_end": True, "per_device_eval_batch_size": 2}
     assert run("ddp", tiny_model_dir, tmp_path, settings) == 0
     best, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-1", "model"))
     for name, x in best.items():

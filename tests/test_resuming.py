@@ -18,7 +18,6 @@ BEST = {
     "eval_strategy": "steps",
     "eval_steps": 1,
     "load_best_model_at_end": True,
-    "metric_for_best_model": "shrinking",
     "num_generations_eval": 2,
     "per_device_eval_batch_size": 2,
 }

@@ -14,6 +14,7 @@ from rlvr.surrogates import Clipped
 from rlvr.types import Coefficients, Metrics, Reduce, Tokens
 
 Scope = Literal["rollout", "micro_batch", "optimizer_step"]
+"""When a control runs, and on which tokens: see Control."""
 SCOPES: tuple[Scope, ...] = ("rollout", "micro_batch")
 
 
@@ -84,11 +85,13 @@ def in_loss_precision(decided: Tensor, tokens: Tokens) -> Tensor:
 
 
 def check_fraction(name: str, value: float) -> None:
+    """Raises: ValueError, naming the option, unless its value lies in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value}: must lie in [0, 1]")
 
 
 def check_scope(scope: str) -> None:
+    """Raises: ValueError unless it is "rollout" or "micro_batch", the scopes that a control can be set to."""
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r}: must be 'rollout' or 'micro_batch'")
 

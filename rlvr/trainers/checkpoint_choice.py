@@ -124,18 +124,8 @@ def parse(words: Sequence[str]) -> tuple[ChoiceConfig, TaskConfig, list[Path]]:
 
     Raises: ConfigError for an unknown flag, a bad value, or a path without a checkpoint.
     """
-    parser = _Parser(
-        (ChoiceConfig, TaskConfig),
-        prog="rlvr select-checkpoint",
-        usage="%(prog)s CKPT [CKPT ...] --task TASK [--FLAG VALUE ...]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="A checkpoint, a folder of them, or a glob.")
-    parser.add_argument("--prompts", dest="heldout_size", type=int, metavar="N", help="Short for --heldout_size.")
-    parser.set_defaults(heldout_size=64, train_size=1)  # nothing is trained; held-out rows do not depend on it
+    parser = _parser()
     flags = parser._option_string_actions
-    flags["--band"].nargs = 2  # "one or more" would swallow a checkpoint that follows
     for word in words:
         if word.startswith("--") and word.partition("=")[0] not in flags:
             raise unknown("flag", word, flags)
@@ -147,6 +137,21 @@ def parse(words: Sequence[str]) -> tuple[ChoiceConfig, TaskConfig, list[Path]]:
     if task.heldout_size < 2:
         raise ConfigError(f"prompts={task.heldout_size} is too few for an interval: give at least 2")
     return config, task, find_checkpoints(rest.checkpoints)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        (ChoiceConfig, TaskConfig),
+        prog="rlvr select-checkpoint",
+        usage="%(prog)s CKPT [CKPT ...] --task TASK [--FLAG VALUE ...]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="A checkpoint, a folder of them, or a glob.")
+    parser.add_argument("--prompts", dest="heldout_size", type=int, metavar="N", help="Short for --heldout_size.")
+    parser.set_defaults(heldout_size=64, train_size=1)  # nothing is trained; held-out rows do not depend on it
+    parser._option_string_actions["--band"].nargs = 2  # "one or more" would swallow a checkpoint that follows
+    return parser
 
 
 def select_checkpoint(words: Sequence[str]) -> str:

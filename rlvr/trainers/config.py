@@ -20,6 +20,7 @@ from rlvr.thermostat import Thermostat
 from rlvr.trainers.adapters import AdapterFields
 from rlvr.trainers.alert_fields import AlertFields
 from rlvr.trainers.batches import check_batches, check_resolved_batches
+from rlvr.trainers.best_checkpoint import choose_best
 from rlvr.trainers.control_choice import check_controls, check_updates, choose_alarm, choose_thermostat
 from rlvr.trainers.launch_modes import check_deepspeed, check_launch, check_precision
 from rlvr.trainers.sinks import check_report_to
@@ -155,7 +156,8 @@ class PolicyConfig(AlertFields, AdapterFields, trl.GRPOConfig):
     vllm_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of vLLM on a CPU, which a server must have: float32 or bfloat16. Default: the model's."
+            "help": "dtype of vLLM on a CPU, which a server must have: float32 or bfloat16. Default: what the trainer "
+            "computes in: bfloat16 with bf16: true or bfloat16 weights, else float32."
         },
     )
 
@@ -165,6 +167,7 @@ class PolicyConfig(AlertFields, AdapterFields, trl.GRPOConfig):
             least = f"at least {self.smallest_group} completion(s) per prompt"
             raise ConfigError(f"num_generations={self.num_generations}: must be {least}")
         check_batches(self)
+        choose_best(self)
         self.control_list: tuple[Control, ...] = build_controls(parse_list("controls", self.controls))
         self.surrogate_fn: Surrogate = choose_surrogate(self)
         self.thermostat_config: Thermostat | None = choose_thermostat(self)

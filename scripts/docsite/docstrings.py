@@ -126,7 +126,7 @@ def _help(item: ast.AnnAssign) -> str:
     if metadata is None:
         return ""
     said: str = ast.literal_eval(metadata)["help"].replace("%(default).0s", "")
-    return said.translate(AWAY)
+    return escaped(said)
 
 
 def source_of(root: Path, module: str) -> str:
@@ -146,12 +146,12 @@ def _paragraph(part: str) -> str:
     for entry in entries(part):
         label, option = LABEL.match(entry), OPTION.match(entry)
         if label:
-            shown.append(f"- **{label[1]}.** {_escaped(entry[label.end() :])}")
+            shown.append(f"- **{label[1]}.** {escaped(entry[label.end() :])}")
         elif option and len(option[1]) < 60:
             names = ", ".join(f"`{name}`" for name in option[1].split(", "))
-            shown.append(f"- {names}: {_escaped(option[2])}")
+            shown.append(f"- {names}: {escaped(option[2])}")
         else:
-            shown.append(("" if not shown else "- ") + _escaped(entry))
+            shown.append(("" if not shown else "- ") + escaped(entry))
     first = shown[0]
     rest = shown[1:]
     return first + ("\n\n" if rest and not first.startswith("- ") else "\n" if rest else "") + "\n".join(rest)
@@ -164,11 +164,11 @@ def _meanings(text: str) -> dict[str, str]:
             match = OPTION.match(entry)
             if match and not LABEL.match(entry):
                 for name in match[1].split(", "):
-                    found.setdefault(name, _escaped(match[2]))
+                    found.setdefault(name, escaped(match[2]))
     return found
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Signs that Markdown would read, outside of `code`."""
     pieces = re.split(r"(`[^`\n]+`)", text)
     return "".join(p if p.startswith("`") and len(p) > 1 else p.translate(AWAY) for p in pieces)

@@ -23,7 +23,7 @@ PAGES |= {"CHANGELOG.md": "CHANGELOG.md"}
 OF_REPOSITORY = {site: real for real, site in PAGES.items()}
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
-COMMANDS = "<!-- commands -->"
+COMMANDS, METRICS = "<!-- commands -->", "<!-- metrics -->"
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -49,6 +49,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     markdown = FIELDS.sub(lambda found: docstrings.fields(ROOT, found[1]), markdown)
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, _commands())
+    if METRICS in markdown:
+        markdown = markdown.replace(METRICS, _metrics())
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(lambda m: _link(m, site), part) for part in parts)
 
@@ -65,9 +67,23 @@ def _commands() -> str:
 
 def _command(said: str | None, parser: argparse.ArgumentParser) -> str:
     if not parser.add_help:  # its flags are fields of dataclasses
-        return f"{said}. All flags: `{parser.prog} --help`."
+        from rlvr.trainers import checkpoint_choice, planner
+
+        parser = {"plan": planner, "select-checkpoint": checkpoint_choice}[parser.prog.split()[-1]]._parser()
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
     return f"{said}.\n\n```text\n{parser.format_help().strip()}\n```"
+
+
+def _metrics() -> str:
+    """The table of all metrics, one area after the other, as `rlvr metrics` prints it."""
+    sys.path.insert(0, str(ROOT))
+    from rlvr.monitor.metrics import EFFECT, METRICS
+
+    lines = ["| metric | unit | meaning | normal |", "|---|---|---|---|"]
+    for name, entry in [*METRICS.items(), ("<control>/effect", EFFECT)]:
+        cells = (docstrings.escaped(cell or "") for cell in (entry.unit, entry.meaning, entry.normal))
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _link(found: re.Match[str], site: str) -> str:

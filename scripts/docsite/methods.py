@@ -121,6 +121,8 @@ def launch_line(recipe: str) -> str:
     """How a recipe is started, as its own comments say."""
     text = (ROOT / "recipes" / f"{recipe}.yaml").read_text()
     launch = re.search(r"recipes/accelerate/\w+\.yaml", text)
+    if launch is None and yaml.safe_load(text).get("bf16") is False:
+        return f"python {_script(recipe)} --config recipes/{recipe}.yaml    # on a CPU, after make quickstart"
     config = launch[0] if launch else "recipes/accelerate/one_gpu.yaml"
     return f"accelerate launch --config_file {config} {_script(recipe)} --config recipes/{recipe}.yaml"
 
