@@ -82,15 +82,17 @@ def main() -> None:
 
 def _about(size: "Size", runs: "Sequence[LabRun]", records: "Sequence[Record]") -> dict[str, str]:
     """Facts of the suite, for its page."""
+    from lab.countdown import distinct_problems
     from lab.plan import seconds
-    from lab.runs import GROUP, HELD_OUT_PROMPTS, PROMPTS, UPDATES
+    from lab.runs import GROUP, HELD_OUT_PROMPTS, PROMPTS, UPDATES, held_out_prompts
 
-    turned = f"{len(size.knob_seeds)} seeds, {size.knob_rollouts} rollouts"
+    turned = f"{len(size.knob_seeds)} seeds, {size.knob_rollouts} rollouts or as many as the table says"
     return {
         "setting": SETTING,
         "runs": f"{len(records)} of {len(runs)}; seeds {', '.join(map(str, size.seeds))}",
         "a run": f"{size.rollouts} rollouts of {PROMPTS} prompts x {GROUP} completions, {UPDATES} updates each",
-        "held out": f"{HELD_OUT_PROMPTS} problems x {size.samples} samples",
+        "held out": f"{HELD_OUT_PROMPTS} prompts x {size.samples} samples, the same prompts for all runs; drawn with "
+        f"repetition, {distinct_problems(held_out_prompts())} different problems",
         "knobs": turned if size.knob_methods else "not turned",
         "planned": f"{sum(map(seconds, runs)) / 60:.0f} minutes of one idle core",
         "took": f"{sum(sum(one.seconds) for one in records) / 60:.0f} minutes in the trainers' steps, of one core",

@@ -122,7 +122,7 @@ def test_diagnostics_describe_the_steps_tokens(tiny_model_dir: Path, tmp_path: P
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
         max_steps=1,
-        controls=[{"name": "clip_b", "mu": 0.5}],  # what it takes out is no trained token
+        controls=[{"name": "clip_b", "mu": 0.5}],  # what it takes out still has an entropy
     )
     one.train()
     record = read_steps(tmp_path)[0]
@@ -130,6 +130,7 @@ def test_diagnostics_describe_the_steps_tokens(tiny_model_dir: Path, tmp_path: P
     tops = [metrics[f"covariance/top_2_in_{n}"] for n in (10000, 1000, 100, 10)]
     assert tops == sorted(tops, reverse=True) and tops[-1] > metrics["covariance/mean"]
     assert 0.5 <= metrics["entropy/share_top_50pct"] <= 1
-    assert sum(bins["count"]) == metrics["policy/tokens"]
+    kept, whole = (sum(record["histograms"][name]) for name in ("covariance", "entropy"))
+    assert kept == metrics["policy/tokens"] < whole == sum(bins["count"]) == metrics["rollout/tokens"]
     mean = sum(m * n for m, n in zip(bins["mean"], bins["count"], strict=True)) / sum(bins["count"])
     assert mean == pytest.approx(metrics["entropy/mean"], rel=1e-6)

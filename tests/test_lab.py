@@ -24,7 +24,7 @@ from scripts.lab.countdown import (
     split,
     verify,
 )
-from scripts.lab.methods import ALL, METHODS
+from scripts.lab.methods import ALL, AT_EQUAL_COMPUTE, METHODS
 from scripts.lab.plan import BASE, BASES, FULL, QUICK, plan, seconds
 from scripts.lab.pool import conduct
 from scripts.lab.records import read_others, read_record
@@ -178,6 +178,35 @@ def test_run_is_recorded_and_not_repeated(untrained: Path, tmp_path: Path, monke
         perform(tiny_run(learning_rate=1.0), untrained)
 
 
+def test_held_out_problems_on_the_way_change_nothing_in_the_training(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    plain = replace(tiny_run(max_steps=8), rollouts=2)
+    asked = replace(plain, name="asked", stops=(0, 1), samples=4)
+    steps = []
+    for run in (plain, asked):
+        perform(run, untrained)
+        metrics = [step["metrics"].items() for step in read_steps(run.path)]
+        steps.append([{k: v for k, v in step if not k.startswith("time/")} for step in metrics])
+    assert steps[0] == steps[1] and len(steps[0]) == 8
+    record = read_record(asked)
+    assert list(record.stops) == ["0", "1"] and record.stops["1"].keys() == {"1", "2", "4"}
+    assert read_record(plain).stops == {} and len(record.pass_at) == 3
+
+
+def test_a_run_without_its_last_evaluation_is_not_finished(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = replace(tiny_run(), stops=(0,))
+    path = perform(run, untrained)
+    assert finished(run)
+    whole = (path / "evals.jsonl").read_text().splitlines()
+    (path / "evals.jsonl").write_text(whole[0] + "\n")
+    assert len(whole) == 2 and not finished(run)
+
+
 def test_interrupted_run_starts_again(untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     run = tiny_run()
@@ -264,5 +293,8 @@ def test_plan_compares_every_method_over_five_seeds_and_turns_every_knob():
     assert {run.name for run in runs if run.part == "compare"} == set(METHODS)
     turned = {run.name.partition("=")[0] for run in runs if run.part == "knob"}
     assert turned == set(METHODS) - {"grpo"}
+    asked = {run.name: run.stops for run in runs if run.part == "compare" and run.stops}
+    assert asked.pop("grpo") == tuple(range(0, 100, 10))
+    assert asked == {name: (rollouts,) for name, rollouts in AT_EQUAL_COMPUTE.items()}
     for name in turned:
         assert len({METHODS[name].knob.own, *METHODS[name].knob.settings}) == 3

@@ -1,4 +1,4 @@
-"""What the laboratory computes from records: means with intervals, the answers, and the verdicts by rule."""
+"""What the laboratory computes from records: means with intervals, and the answers on GRPO, the law and the steps."""
 
 import math
 from dataclasses import replace
@@ -6,15 +6,25 @@ from statistics import stdev
 
 import numpy as np
 import pytest
-from lab_records import exponential, record, suite, watched
+from lab_records import exponential, on_its_way, record, suite, watched
 
-from scripts.lab.comparison import Compared, Row, comparison, dearer, pareto
 from scripts.lab.figures import band
-from scripts.lab.intervals import Interval, correlation, front, interval, paired, roughness
+from scripts.lab.intervals import correlation, front, interval, paired, roughness
 from scripts.lab.methods import BAND
-from scripts.lab.questions import at, collapse, estimators, foresight, law, select, spending
+from scripts.lab.questions import (
+    at,
+    by_class,
+    collapse,
+    estimators,
+    fall,
+    foresight,
+    held_out_law,
+    law,
+    lead,
+    select,
+    spending,
+)
 from scripts.lab.scatter import lengths, sensitivity
-from scripts.lab.verdicts import MATERIAL, by_chance, by_goal, verdict, verdicts
 
 
 def test_interval_by_hand():
@@ -71,8 +81,7 @@ def test_collapse_by_hand():
     found = collapse({0: record(), 1: record(seed=1)})
     assert found.start.mean == pytest.approx(0.60, abs=1e-12)
     assert [x.mean for x in found.at.values()] == pytest.approx([0.59, 0.56, 0.46, 0.26], abs=1e-12)
-    assert found.first_quarter.mean == pytest.approx(0.04 / 0.34, abs=1e-12)
-    assert found.first_quarter.half == pytest.approx(0.0, abs=1e-12)
+    assert found.start.half == pytest.approx(0.0, abs=1e-12)
 
 
 def test_at_uses_no_value_after_the_share():
@@ -90,6 +99,18 @@ def test_law_finds_what_records_were_made_with():
         assert ahead.law.mean == pytest.approx(0.0, abs=1e-3)
         assert ahead.line.mean > 0.02  # exp(H) is flatter at low entropy than where the line was fitted
         assert ahead.last.mean < -0.1  # reward has grown since
+
+
+def test_held_out_law_is_fitted_to_the_stops():
+    runs = {}
+    for seed in range(3):
+        whole = exponential(seed)
+        ends = {count: at(whole.entropy[: max(count, 1)], 1.0) for count in range(0, 40, 4)}
+        stops = {str(count): {"1": 1.9 - 1.1 * math.exp(h)} for count, h in ends.items()}
+        runs[seed] = replace(whole, stops=stops, pass_at={"1": 1.9 - 1.1 * math.exp(at(whole.entropy, 1.0))})
+    found = held_out_law(runs)
+    assert (found.a.mean, found.b.mean, found.r2.mean) == pytest.approx((1.1, 1.9, 1.0), abs=1e-9)
+    assert held_out_law({0: on_its_way(0)}) is None  # five points are too few
 
 
 def test_foresight_is_wrong_where_the_law_changes():
@@ -116,22 +137,6 @@ def test_spending_of_a_constant_is_unknown():
     assert math.isnan(found.at[0.5][0].mean)
 
 
-def test_comparison_pairs_seeds_and_counts_time():
-    rows = {row.name: row for row in comparison(select(suite(), "compare"))}
-    assert rows["kl-cov"].entropy.difference.mean == pytest.approx(0.051, abs=1e-9)
-    assert rows["kl-cov"].entropy.difference.sign == 1
-    assert rows["kl-cov"].pass_at["1"].difference.mean == pytest.approx(0.102, abs=1e-9)
-    assert rows["clip-cov"].pass_at["1"].difference.sign == -1
-    assert rows["grpo"].pass_at["1"].difference.mean == 0.0
-    assert (rows["kl-cov"].cost.mean, rows["clip-cov"].cost.mean, rows["grpo"].cost.mean) == (2.0, 1.0, 1.0)
-    assert dearer(list(rows.values())) == [rows["kl-cov"]]
-
-
-def test_pareto_by_hand():
-    rows = comparison(select(suite(), "compare"))
-    assert pareto(rows, "16") == ["kl-cov"]  # more entropy and pass@1 than the others, as much pass@16
-
-
 def test_estimators_by_hand():
     found = estimators({seed: watched(seed) for seed in range(3)})
     assert [one.name for one in found] == ["discriminator", "covariance"]
@@ -141,6 +146,22 @@ def test_estimators_by_hand():
     assert found[0].steps["slope"].mean == pytest.approx(2.0, abs=1e-9)
     assert abs(found[1].steps["correlation"].mean) < 0.5
     assert estimators({0: record()}) == []
+
+
+def test_lead_is_paired_by_runs():
+    """Seeds share what they differ in; over tokens .40 is .20 more than .20 with each."""
+    best, other = estimators({seed: watched(seed) for seed in range(3)})
+    tokens, steps = lead(best, other)
+    assert tokens.mean == pytest.approx(0.2, abs=1e-12) and tokens.half == pytest.approx(0.0, abs=1e-9)
+    assert steps.mean > 0.5
+
+
+def test_classes_and_the_rest_add_up_to_all_tokens():
+    """Six steps; measured -.01 to -.06, classes -.02 + .005 + .01 - .015 a step."""
+    found = by_class({0: watched(0)})
+    assert found["all_tokens"].mean == pytest.approx(-0.21, abs=1e-12)
+    assert found["no_advantage"].mean == pytest.approx(-0.21 + 0.12, abs=1e-12)
+    assert fall({0: watched(0)}).mean == pytest.approx(-0.38, abs=1e-12)
 
 
 def test_lengths_pairs_scatter():
@@ -167,59 +188,6 @@ def test_sensitivity_pairs_the_largest_value_with_the_smallest():
     found = sensitivity(suite())["kl-cov"]
     assert found.entropy.mean == pytest.approx(0.027, abs=1e-12)
     assert found.entropy.half == pytest.approx(0.0, abs=1e-9) and found.reward.mean == pytest.approx(-0.027, abs=1e-12)
-
-
-def row(entropy: float, one: float, many: float, reward: float = 0.7, sure: float = 0.001) -> Row:
-    def compared(difference: float) -> Compared:
-        return Compared(Interval(0.5, 0.1, 5), Interval(difference, sure, 5))
-
-    return Row(
-        name="kl-cov",
-        seeds=5,
-        entropy=compared(entropy),
-        pass_at={"1": compared(one), "16": compared(0.0), "64": compared(many)},
-        reward=Compared(Interval(reward, 0.01, 5), Interval(0.0, 1.0, 5)),
-        rollouts=100,
-        cost=Interval(1.0, 0.0, 5),
-        touched=0.1,
-    )
-
-
-@pytest.mark.parametrize(
-    ("given", "overall"),
-    [
-        (row(0.0, 0.0, 0.0), "does not help here"),
-        (row(0.0, 0.05, 0.0), "helps here"),
-        (row(0.1, 0.0, 0.05), "helps here"),
-        (row(0.1, -0.05, 0.05), "a trade here"),
-        (row(0.1, -0.05, 0.0), "holds entropy at a price"),
-        (row(0.1, 0.0, 0.0), "holds entropy at no shown price"),
-        (row(MATERIAL / 2, 0.0, 0.0), "does not help here"),  # shown, but immaterial
-        (row(-0.1, 0.0, 0.0), "does not help here"),
-        (row(0.0, -0.05, 0.0), "hurts here"),
-        (row(4.0, 0.05, 0.0, reward=0.01), "ruins the policy here"),
-        (row(0.1, 0.05, 0.05, sure=0.2), "does not help here"),  # no interval excludes 0
-        (row(0.1, 0.05, 0.05, sure=math.nan), "does not help here"),  # one seed shows nothing
-    ],
-)
-def test_verdict_follows_the_rules(given: Row, overall: str):
-    assert verdict(given, base_reward=0.12).overall == overall
-
-
-def test_verdict_of_a_ruined_policy_recommends_nothing():
-    assert verdict(row(4.0, 0.05, 0.0, reward=0.01), 0.12).good_for == ()
-
-
-def test_by_goal_names_a_goal_without_a_method():
-    found = verdicts(comparison(select(suite(), "compare")), base_reward=0.1)
-    assert [one.name for one in found] == ["kl-cov", "clip-cov"]
-    assert by_goal(found) == {"pass@1": ["kl-cov"], "pass@64": [], "holding entropy": ["kl-cov"]}
-
-
-def test_by_chance_counts_every_difference_to_grpo():
-    """Two methods with entropy, reward and three k each; two of KL-Cov's and Clip-Cov's pass@1 exclude 0."""
-    rows = comparison(select(suite(), "compare"))
-    assert by_chance(rows) == (10, 3, pytest.approx(0.5))
 
 
 def test_spending_takes_seeds_of_different_lengths():

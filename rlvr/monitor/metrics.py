@@ -62,7 +62,7 @@ _ROWS: dict[str, Metric] = {
     # entropy
     "entropy/mean": Metric(
         "nats",
-        "exact entropy of softmax(z / temperature), mean over the trained tokens",
+        "exact entropy of softmax(z / temperature), mean over the trained tokens, those too that a control masks",
         "0.2 to 1.0 in published RLVR runs",
     ),
     **{

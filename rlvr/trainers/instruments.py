@@ -34,11 +34,14 @@ def step_means(
 ) -> dict[str, Mean]:
     """Means over the tokens of one micro-batch; keys are those of `rlvr.monitor.metrics.METRICS`.
 
+    The entropy is the policy's, over all tokens: runs are compared by it, whatever a control takes out of the loss.
+
     stale: bool [N], tokens of which only what the rollout's policy made of them is known: they count in the entropy
-    alone, and would hide how far the others have moved.
+    and in policy/tokens alone, and would hide how far the others have moved.
     """
+    entropy = tokens.entropy
     keep = torch.ones_like(tokens.logps, dtype=torch.bool) if coefficients.keep is None else coefficients.keep
-    entropy = None if tokens.entropy is None else tokens.entropy[keep]
+    kept = Mean.of(keep)
     if stale is not None:
         keep = keep & ~stale
     if not keep.all():  # what a control took out of the loss is no trained token
@@ -46,6 +49,7 @@ def step_means(
         clipped = clipped.select(keep)
     log_ratio = tokens.logps - tokens.old_logps
     means = {
+        "policy/tokens": kept,
         "policy/ratio": Mean.of(ratio),
         "policy/kl_old": Mean.of(torch.exp(log_ratio) - 1 - log_ratio),
         "policy/logp": Mean.of(tokens.logps),
@@ -152,8 +156,8 @@ class StepMeter:
         reduced = reduce_means(means, self._accelerator)
         metrics = {name: _over_rollouts(name, values) for name, values in self._rollout.items()}
         metrics |= {name: mean.value() for name, mean in reduced.items() if mean.count}  # nothing measured: absent
-        if "entropy/mean" in reduced:
-            metrics["policy/tokens"] = float(reduced["entropy/mean"].count)
+        if "policy/tokens" in reduced:
+            metrics["policy/tokens"] = float(reduced["policy/tokens"].total)
         mismatch = None
         if self._mismatch is not None:
             mismatch = self._mismatch.reduced(self._reduce)
@@ -216,7 +220,7 @@ class TokenDiagnostics:
         step = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         weighted, self._parts, self._weighted = self._weighted, [], False
         keep, weight = step.pop("keep"), step.pop("weight")
-        logps, entropy, position = step["logps"][keep], step["entropy"][keep], step["position"][keep]
+        logps, entropy, position = step["logps"][keep], step["entropy"], step["position"]  # as entropy/mean
         advantages = step["advantages"][keep].to(logps.dtype)
         means, total = token_means(logps, advantages, reduce)
         if not total:
@@ -230,8 +234,8 @@ class TokenDiagnostics:
         if "mismatch" in step:
             known = step["mismatch"].isfinite()  # as in the metrics of the mismatch
             values["mismatch"] = step["mismatch"][known]
-            placed["mismatch_by_position"] = (step["position"][known], values["mismatch"])
-        edges = doubling_edges(4, _longest(step["position"], reduce))
+            placed["mismatch_by_position"] = (position[known], values["mismatch"])
+        edges = doubling_edges(4, _longest(position, reduce))
         self.details = _by_position(placed, edges, reduce) | {"histograms": _histograms(values, reduce)}
         found = {"covariance/mean": float(reduce.sum(cov.sum())) / total}
         found |= {

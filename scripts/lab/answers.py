@@ -1,24 +1,27 @@
 """The sections on plain GRPO."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from . import figures
 from .cells import Section, Table, stated
 from .claims import CLAIMS
 from .intervals import Interval
-from .questions import BySeed, collapse, law, spending
+from .questions import BySeed, collapse, held_out_law, law, spending
 
 
-def collapse_section(plain: BySeed, methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Section:
+def collapse_section(
+    plain: BySeed, methods: Mapping[str, BySeed], held: Collection[str], titles: Mapping[str, str]
+) -> Section:
+    """held: methods that hold entropy."""
     c = collapse(plain)
     rows = [(titles[name], *(stated(x) for x in _entropies(runs))) for name, runs in methods.items()]
     return Section(
         anchor="collapse",
         title="Does entropy collapse under GRPO?",
-        answer=f"From {stated(c.start)} to {stated(c.at[1.0])} nats over {len(plain)} seeds; "
-        f"{stated(c.first_quarter)} of the drop is in the first quarter.",
+        answer=f"From {stated(c.start)} to {stated(c.at[0.25])} nats in the first quarter of the run and to "
+        f"{stated(c.at[1.0])} at its end, over {len(plain)} seeds.",
         claim=CLAIMS["collapse"],
-        draw=figures.entropy_curves(methods, titles),
+        draw=figures.entropy_curves(methods, held, titles),
         tables=(Table(("method", "H at the start", "10 %", "25 %", "50 %", "100 %"), tuple(rows)),),
     )
 
@@ -32,24 +35,32 @@ def law_section(plain: BySeed, methods: Mapping[str, BySeed], titles: Mapping[st
     fit = law(plain)
     fits = {name: law(runs) for name, runs in methods.items()}
     ahead = tuple(
-        (f"{f.share:.0%}", stated(f.law, True), stated(f.size), stated(f.line, True), stated(f.last, True),
-         stated(f.ceiling, True), f"{f.covered:.0%}")
+        (f"{f.share:.0%}", stated(f.law, True), stated(f.size), stated(f.line, True), stated(f.line_size),
+         stated(f.last, True), stated(f.ceiling, True), f"{f.covered:.0%}")
         for f in fit.foresight
     )  # fmt: skip
     told = "".join(
-        f" The first {f.share:.0%} of the rollouts miss the final reward by {stated(f.size)} (mean absolute error)."
+        f" Told the entropy at the end, the law of the first {f.share:.0%} of the rollouts misses the reward there by "
+        f"{stated(f.size)} (mean absolute error), the line by {stated(f.line_size)}."
         for f in fit.foresight
+    )
+    held = held_out_law(plain)
+    asked = (
+        f" Of held-out pass@1 on the way of the runs: R² {stated(held.r2)} and {stated(held.r2_linear)}."
+        if held
+        else ""
     )
     return Section(
         anchor="law",
         title="How well does R = -a exp(H) + b fit, and how well does it predict?",
-        answer=f"R² {stated(fit.r2)} for the law, {stated(fit.r2_linear)} for a straight line in H.{told}",
+        answer=f"Of training reward: R² {stated(fit.r2)} for the law, {stated(fit.r2_linear)} for a straight line in "
+        f"H.{told}{asked}",
         claim=CLAIMS["law"],
         draw=figures.law_fit(plain),
         tables=(
             Table(
-                ("fitted to the first", "error of the law", "its size", "of a line in H", "of the last reward seen",
-                 "of the ceiling b - a", "in the 95 % interval"),
+                ("fitted to the first", "error of the law", "its size", "of a line in H", "its size",
+                 "of the last reward seen", "of the ceiling b - a", "in the 95 % interval"),
                 ahead,
                 ("Error: predicted less measured mean reward of the last 10 rollouts, for law and line at the entropy "
                  "that those rollouts had, which a forecast would not know. The ceiling is what the law says of "

@@ -35,7 +35,7 @@ def number(x: float) -> str:
     """With three decimals; with an exponent where these would say nothing, or too much."""
     if math.isnan(x):
         return "?"
-    plain = abs(x) < 1e-9 or 5e-4 <= abs(x) < 1e4  # less than the first is rounding
+    plain = abs(x) < 1e-9 or 5e-4 <= abs(x) < 1e3  # less than the first is rounding
     return f"{x:.3f}" if plain else f"{x:.0e}"
 
 

@@ -1,11 +1,13 @@
 """Methods against GRPO, over the same seeds. Pure: records in, dataclasses out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
+from statistics import fmean, median
 
 from .intervals import Interval, front, interval, paired
-from .questions import REFERENCE, BySeed, at, late, shortest
+from .methods import AT_EQUAL_COMPUTE, REFERENCE
+from .questions import BySeed, at, late, shortest
+from .records import CLIPPED, Record, stopped, with_stops
 
 PASSES = ("1", "16", "64")
 DEARER = 1.1  # times GRPO's seconds, from where equal samples are no longer about equal compute
@@ -23,7 +25,8 @@ class Compared:
 class Row:
     """A method over its seeds. entropy: nats, at the end.   pass_at: held out, by k.   reward: of the last 10
     rollouts.   rollouts: of a run.   cost: seconds of a rollout with its steps, median over the rollouts, over GRPO's
-    with the same seed.   touched: largest share of tokens whose gradient the clip or a control changed.
+    with the same seed.   clipped: share of tokens beyond the clip.   touched: largest share of tokens that a control
+    changed, all where it adds a term to each.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Row:
     reward: Compared
     rollouts: int
     cost: Interval
+    clipped: float
     touched: float
 
 
@@ -55,12 +59,50 @@ def row(name: str, runs: BySeed, reference: BySeed) -> Row:
         reward=compared(_final_reward(runs), _final_reward(reference)),
         rollouts=shortest(runs),
         cost=interval([median(runs[seed].seconds) / median(reference[seed].seconds) for seed in sorted(both)]),
-        touched=max((x for record in runs.values() for x in record.touched.values()), default=0.0),
+        clipped=fmean(sum(record.touched.get(name, 0.0) for name in CLIPPED) for record in runs.values()),
+        touched=_touched(list(runs.values())),
     )
+
+
+def _touched(records: Sequence[Record]) -> float:
+    shares = [x for record in records for name, x in record.touched.items() if name not in CLIPPED]
+    return max(shares, default=1.0 if any(record.settings.get("controls") for record in records) else 0.0)
 
 
 def compared(values: Mapping[int, float], reference: Mapping[int, float]) -> Compared:
     return Compared(interval(list(values.values())), paired(values, reference))
+
+
+def at_equal_compute(methods: Mapping[str, BySeed]) -> list[Row]:
+    """The methods of AT_EQUAL_COMPUTE as they were when GRPO's time was over, if held-out problems were asked then."""
+    rows = []
+    for name in methods.keys() & AT_EQUAL_COMPUTE.keys():
+        ends = {seed: (one, len(one.made) * AT_EQUAL_COMPUTE[name] // 100) for seed, one in methods[name].items()}
+        then = {seed: stopped(one, end) for seed, (one, end) in ends.items() if str(end) in one.stops}
+        if then:
+            rows.append(row(name, then, methods[REFERENCE]))
+    return sorted(rows, key=lambda one: list(methods).index(one.name))
+
+
+def at_equal_entropy(methods: Mapping[str, BySeed]) -> list[Row]:
+    """Each method at its end less GRPO stopped early: with each seed where its entropy was nearest to the method's.
+
+    rollouts: of GRPO, mean.   Without runs of GRPO with stops: empty.
+    """
+    plain = with_stops(methods[REFERENCE])
+    rows = []
+    for name, runs in methods.items():
+        if name != REFERENCE and (both := runs.keys() & plain.keys()):
+            early = {seed: nearest(plain[seed], at(runs[seed].entropy, 1.0)) for seed in sorted(both)}
+            rollouts = round(fmean(len(one.entropy) for one in early.values()))
+            rows.append(replace(row(name, runs, early), rollouts=rollouts))
+    return rows
+
+
+def nearest(record: Record, entropy: float) -> Record:
+    """The run stopped where its entropy was nearest to this one, or as it ended."""
+    ends = [stopped(record, int(rollouts)) for rollouts in record.stops]
+    return min((record, *ends), key=lambda one: abs(at(one.entropy, 1.0) - entropy))
 
 
 def dearer(rows: Sequence[Row]) -> list[Row]:

@@ -111,6 +111,12 @@ def draw_prompts(held_out: bool, counts: Sequence[int], size: int, rng: np.rando
     return [next(of_each[int(n)]) for n in rng.choice(counts, size)]
 
 
+def distinct_problems(prompts: Sequence[str]) -> int:
+    """How many there are among the prompts, of which several may be one problem with its numbers in another order."""
+    problems = [prompt.split() for prompt in prompts]
+    return len({(*sorted(numbers), target) for *numbers, _arrow, target, _colon in problems})
+
+
 def draw(solutions: Solutions, count: int, rng: np.random.Generator) -> Solutions:
     """`count` uniform draws with replacement, so a problem with many solutions comes often."""
     return solutions[rng.integers(len(solutions), size=count)]

@@ -2,21 +2,21 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlvr.law import fit_law
 
-from .comparison import PASSES, Compared, Row, pareto
+from .comparison import PASSES, Compared, Row
 from .drawing import Draw, Theme, style
-from .methods import BAND
-from .questions import REFERENCE, BySeed, Estimator, Spending, shortest, window_means
+from .methods import BAND, REFERENCE
+from .questions import BySeed, Estimator, Spending, shortest, window_means
 from .records import CLASSES, Record
 from .scatter import SCATTER, Sensitivity
 
-MOST = 1.0  # nats: more than that has one color
+MOST = 1.0  # nats: a policy that explodes is told in a word
 
 
 def top(plain: BySeed) -> float:
@@ -31,18 +31,27 @@ def band(record: Record) -> tuple[float, float]:
     return (spec["low"], spec["high"]) if spec else BAND
 
 
-def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> Draw:
-    """Entropy against the rollout: means over seeds and, for GRPO, each seed."""
+def entropy_curves(methods: Mapping[str, BySeed], held: Collection[str], titles: Mapping[str, str]) -> Draw:
+    """Entropy against the rollout: means over seeds, for GRPO their range too; methods that do not hold it in gray."""
 
     def draw(figure: Any, theme: Theme) -> None:
         axes = figure.subplots()
         if "thermostat" in methods:
             low, high = band(next(iter(methods["thermostat"].values())))
             axes.axhspan(low, high, color=theme.grid, alpha=0.5, label="thermostat's band")
-        for number, (name, runs) in enumerate(methods.items()):
+        colored, gray, highest = 0, "do not hold it", 0.0
+        for name, runs in methods.items():
             length = shortest(runs)
             entropy = np.array([record.entropy[:length] for record in runs.values()])
-            look = {**style(number), "marker": None}
+            highest = max(highest, entropy.mean(0).max())
+            if name != REFERENCE and name not in held:
+                axes.plot(
+                    np.arange(1, length + 1), entropy.mean(0), color=style(6)["color"], linewidth=0.8, label=gray
+                )
+                gray = "_"  # one entry of the legend for all
+                continue
+            look = {**style(colored + colored // 6), "marker": None}  # gray is the seventh
+            colored += 1
             wide = 2.4 if name == REFERENCE else 1.2
             axes.plot(np.arange(1, length + 1), entropy.mean(0), label=titles[name], **{**look, "linewidth": wide})
             if name == REFERENCE:
@@ -54,7 +63,7 @@ def entropy_curves(methods: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
                     alpha=0.2,
                     linewidth=0,
                 )
-        axes.set(xlabel="rollout", ylabel="entropy (nats)", ylim=(0, top(methods[REFERENCE])))
+        axes.set(xlabel="rollout", ylabel="entropy (nats)", ylim=(0, min(1.1 * highest, top(methods[REFERENCE]))))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     return draw
@@ -206,66 +215,34 @@ def length_bars(found: Mapping[str, Mapping[str, Compared]], titles: Mapping[str
 
 
 def knobs(found: Mapping[str, Sensitivity], titles: Mapping[str, str], fields: Mapping[str, str]) -> Draw:
-    """Entropy and reward by the place of the knob's value, a line per method; the own setting has a larger mark."""
+    """Entropy and reward by the knob's value, a panel per method; the own setting is marked by a line."""
+    most = 1.1 * max(one.entropy.mean for knob in found.values() for one in knob.settings if one.entropy.mean < MOST)
 
     def draw(figure: Any, theme: Theme) -> None:
-        for axes, what in zip(figure.subplots(1, 2), ("entropy", "reward"), strict=True):
-            for number, (name, knob) in enumerate(found.items()):
-                values = [getattr(one, what).mean for one in knob.settings]
-                look = style(number)
-                axes.plot(range(len(values)), values, **look, label=f"{titles[name]}: {fields[name]}")
-                own = [i for i, one in enumerate(knob.settings) if one.own]
-                axes.plot(
-                    own,
-                    [values[i] for i in own],
-                    linestyle="",
-                    marker="o",
-                    markersize=8,
-                    markerfacecolor="none",
-                    color=look["color"],
+        panels = list(figure.subplots(-(-len(found) // 4), 4, sharey=True, squeeze=False).flat)
+        for axes, (name, knob) in zip(panels, found.items(), strict=False):
+            places = range(len(knob.settings))
+            for number, what in enumerate(("entropy", "reward")):
+                values = [getattr(one, what) for one in knob.settings]
+                bars = [np.nan_to_num(one.half) for one in values]
+                axes.errorbar(
+                    places, [one.mean for one in values], yerr=bars, **style(number), capsize=2, label=_unit(what)
                 )
-            axes.set_xticks(range(3), ["low", "middle", "high"])
-            axes.set(ylabel="entropy (nats)" if what == "entropy" else "reward", xlabel="value of the knob")
-            if what == "entropy":
-                axes.set_ylim(0, min(axes.get_ylim()[1], 1.0))
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+                for place, one in zip(places, values, strict=True):
+                    if one.mean > most:
+                        axes.annotate(f"{one.mean:.1f} ↑", (place, 0.9 * most), ha="right", fontsize=7)
+            for place, one in enumerate(knob.settings):
+                if one.own:
+                    axes.axvline(place, color=theme.ink, linewidth=0.8, linestyle=":")
+            axes.set_xticks(places, [f"{one.value:g}" for one in knob.settings], fontsize=7)
+            axes.set(xlim=(-0.4, len(knob.settings) - 0.6), ylim=(0, most))
+            axes.set_title(f"{titles[name]}\n{fields[name]}", fontsize=7.5)
+        for axes in panels[len(found) :]:
+            axes.set_axis_off()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
 
     return draw
 
 
-def pareto_plot(rows: Sequence[Row], titles: Mapping[str, str], k: str) -> Draw:
-    """pass@1 against pass@k, entropy as color; methods of the front are ringed."""
-
-    def draw(figure: Any, theme: Theme) -> None:
-        axes = figure.subplots()
-        on_front = pareto(rows, k)
-        shown = [row for row in rows if {"1", k} <= row.pass_at.keys()]
-        x, y = ([row.pass_at[key].value for row in shown] for key in ("1", k))
-        for side, values in (("xerr", x), ("yerr", y)):
-            axes.errorbar(
-                [v.mean for v in x],
-                [v.mean for v in y],
-                **{side: [np.nan_to_num(v.half) for v in values]},
-                fmt="none",
-                ecolor=theme.ink,
-                alpha=0.3,
-                elinewidth=1,
-            )
-        dots = axes.scatter(
-            [v.mean for v in x],
-            [v.mean for v in y],
-            s=42,
-            zorder=3,
-            cmap="viridis",
-            c=[min(row.entropy.value.mean, MOST) for row in shown],
-            edgecolors=[theme.ink if row.name in on_front else "none" for row in shown],
-        )
-        points = sorted(zip(y, x, shown, strict=True), key=lambda point: point[0].mean)
-        for number, (b, a, row) in enumerate(points):  # names to the right and to the left by turns, from below
-            side, at = (5, "left") if number % 2 else (-5, "right")
-            place = {"xytext": (side, 3), "ha": at, "textcoords": "offset points"}
-            axes.annotate(titles[row.name], (a.mean, b.mean), fontsize=7, **place)
-        figure.colorbar(dots, label="entropy at the end (nats)")
-        axes.set(xlabel="pass@1, held out", ylabel=f"pass@{k}, held out")
-
-    return draw
+def _unit(what: str) -> str:
+    return "entropy (nats)" if what == "entropy" else what

@@ -6,17 +6,18 @@ from . import figures
 from .cells import Section, Table, compared, number, stated
 from .claims import CLAIMS
 from .intervals import Interval
-from .methods import METHODS
-from .questions import REFERENCE, BySeed, by_class, estimators
-from .records import Record
+from .methods import METHODS, REFERENCE
+from .questions import BySeed, by_class, estimators, fall, lead
+from .records import CLASSES, Record
 from .scatter import SCATTER, lengths, sensitivity
 
 
 def mechanics_section(watched: BySeed) -> Section:
     found = by_class(watched)
     names = {name: name.replace("_", ", ") for name in found}
-    spend = [f"{names[name]} {stated(one, True)}" for name, one in found.items() if one.sign < 0]
-    give = [f"{names[name]} {stated(one, True)}" for name, one in found.items() if one.sign > 0]
+    names |= {"no_advantage": "without an advantage", "all_tokens": "all"}
+    spend = [f"{names[name]} {stated(found[name], True)}" for name in CLASSES if found[name].sign < 0]
+    give = [f"{names[name]} {stated(found[name], True)}" for name in CLASSES if found[name].sign > 0]
     steps = min(len(record.measured) for record in watched.values())
     return Section(
         anchor="mechanics",
@@ -31,7 +32,9 @@ def mechanics_section(watched: BySeed) -> Section:
                 tuple((names[name], stated(one, True)) for name, one in found.items()),
                 (f"Rewarded: A > 0. Likely: p > exp(-H). What the tokens of a class add to the mean change over a "
                  f"step's tokens, summed over {steps} steps, measured by passing 64 sequences of the step before and "
-                 "after it; tokens without an advantage add the rest.",),
+                 "after it. That is of completions just trained on: from the first rollout to the last, each of "
+                 f"fresh completions, the policy's entropy changed by {stated(fall(watched), True)}. A sum says "
+                 "nothing of a single token: the classes are not of one size.",),
             ),
         ),
     )  # fmt: skip
@@ -39,7 +42,11 @@ def mechanics_section(watched: BySeed) -> Section:
 
 def estimators_section(watched: BySeed) -> Section:
     found = estimators(watched)
-    best = found[0]
+    best, *others = found
+    told = ""
+    if others:
+        tokens, steps = (stated(one, True) for one in lead(best, others[0]))
+        told = f" Less {others[0].name}: {tokens} over tokens, {steps} over steps."
     rows = tuple(
         (
             one.name,
@@ -52,7 +59,7 @@ def estimators_section(watched: BySeed) -> Section:
         anchor="estimators",
         title="How well does each estimator predict the entropy change of a step?",
         answer=f"Best over the tokens of a step: {best.name}, correlation {stated(best.tokens['correlation'])}; "
-        f"over steps it has {stated(best.steps['correlation'])}.",
+        f"over steps it has {stated(best.steps['correlation'])}.{told}",
         claim=CLAIMS["estimators"],
         draw=figures.estimator_bars(found),
         tables=(
@@ -69,11 +76,15 @@ def estimators_section(watched: BySeed) -> Section:
 def lengths_section(varied: Mapping[str, BySeed], titles: Mapping[str, str]) -> Section:
     found = lengths({name: varied[name] for name in (REFERENCE, "c3po")})
     rows = tuple((SCATTER[what], stated(of[REFERENCE].value), *compared(of["c3po"])) for what, of in found.items())
-    change = found["grad_norm"]["c3po"].difference
+    told = [
+        f"{'shown' if one.sign else 'not shown'} in the {SCATTER[what]} ({stated(one, True)})"
+        for what, of in found.items()
+        for one in [of["c3po"].difference]
+    ]
     return Section(
         anchor="lengths",
         title="What does C3PO do to gradient norms and step times when lengths vary?",
-        answer=f"C3PO changes the gradient's scatter by {stated(change, True)}.",
+        answer=f"A change of their scatter is {', '.join(told)}.",
         claim=CLAIMS["lengths"],
         draw=figures.length_bars(found, titles),
         tables=(Table(("scatter of", "GRPO", "C3PO", "difference"), rows),),
@@ -85,11 +96,13 @@ def lengths_section(varied: Mapping[str, BySeed], titles: Mapping[str, str]) -> 
 def sensitivity_section(records: Sequence[Record], titles: Mapping[str, str]) -> Section:
     found = sensitivity(records)
     fields = {name: knob.field for name in found if (knob := METHODS[name].knob)}
-    most, least = (choose(found, key=lambda name: abs(found[name].entropy.mean)) for choose in (max, min))
+    shown = [titles[name] for name, one in found.items() if one.entropy.sign]
+    others = [titles[name] for name, one in found.items() if not one.entropy.sign]
     rows = tuple(
         (
             titles[name],
             fields[name],
+            str(knob.rollouts),
             ", ".join(f"{one.value:g}{' (own)' if one.own else ''}" for one in knob.settings),
             ", ".join(number(one.entropy.mean) for one in knob.settings),
             _swing(knob.entropy),
@@ -98,22 +111,23 @@ def sensitivity_section(records: Sequence[Record], titles: Mapping[str, str]) ->
         )
         for name, knob in found.items()
     )
-    length = found[most].rollouts
+    seeds = max(one.entropy.count for one in found.values())
     return Section(
         anchor="knobs",
         title="How sensitive is each method to its main knob?",
-        answer=f"After {length} rollouts entropy moves most with {titles[most]}'s {fields[most]}, by "
-        f"{stated(found[most].entropy, True)} nats from the smallest value to the largest, and least with "
-        f"{titles[least]}'s {fields[least]}, by {stated(found[least].entropy, True)}.",
+        answer="Between the smallest value and the largest entropy differs, shown, with "
+        f"{', '.join(shown) or 'none'}; not shown with {', '.join(others) or 'none'}.",
         claim=CLAIMS["knobs"],
         draw=figures.knobs(found, titles, fields),
-        height=5.0,
+        height=1.0 + 1.5 * -(-len(found) // 4),
         tables=(
             Table(
-                ("method", "knob", "values", "H", "largest less smallest", "reward", "largest less smallest"),
+                ("method", "knob", "rollouts", "values", "H", "largest less smallest", "reward",
+                 "largest less smallest"),
                 rows,
-                (f"{length} rollouts, no held-out evaluation; differences are paired, with 95 % intervals over "
-                 f"{found[most].entropy.count} seeds, and * where they exclude 0.",),
+                (f"No held-out evaluation. Differences are paired, with 95 % intervals over {seeds} seeds, and * "
+                 "where they exclude 0; they are of values as far apart as the column says. How a knob acts, not "
+                 "which value is best.",),
             ),
         ),
     )  # fmt: skip

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 Settings = Mapping[str, Any]
+REFERENCE = "grpo"
 BAND = (0.35, 0.45)  # nats, that the thermostats hold
 PPO = {"critic_learning_rate": 3e-4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """field: as the page calls it.   own: the method's value.   settings: the trainer's fields by other values."""
+    """field: as the page calls it.   own: the method's value.   settings: the trainer's fields by other values.
+    rollouts: of its runs at least, if it acts only later.
+    """
 
     field: str
     own: float
     settings: Mapping[float, Settings]
+    rollouts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +64,9 @@ def hold(lever: str, options: Settings, lowest: float, highest: float, band: tup
     return {**control(name, **options, **{field: lowest}), "thermostat": {**thermostat, "gain": 3.0, "rate": 0.2}}
 
 
-def knob(field: str, own: float, others: tuple[float, float], settings: Any) -> Knob:
+def knob(field: str, own: float, others: tuple[float, float], settings: Any, rollouts: int = 0) -> Knob:
     """settings: of a value, makes the trainer's fields."""
-    return Knob(field=field, own=own, settings={value: settings(value) for value in others})
+    return Knob(field=field, own=own, settings={value: settings(value) for value in others}, rollouts=rollouts)
 
 
 def steer(form: str, min_weight: float) -> Settings:
@@ -177,7 +181,7 @@ METHODS: dict[str, Method] = {
         recipe="adaptive_entropy.yaml",
         scaled="target 0.35 for 0.2, delta 0.002 for 1e-4, at most 0.3 for 0.005",
         knob=knob(
-            "target", 0.35, (0.2, 0.45), lambda x: control("adaptive_entropy", target=x, delta=0.002, max_coef=0.3)
+            "target", 0.35, (0.2, 0.45), lambda x: control("adaptive_entropy", target=x, delta=0.002, max_coef=0.3), 50
         ),
     ),
     "entropy-advantage": Method(
@@ -205,7 +209,7 @@ METHODS: dict[str, Method] = {
         recipe="thermostat.yaml",
         scaled=SCALED_BAND,
         knob=knob(
-            "low", 0.35, (0.25, 0.45), lambda x: hold("entropy_bonus.coef", {}, 0.0, 1.0, (x, round(x + 0.1, 2)))
+            "low", 0.35, (0.25, 0.45), lambda x: hold("entropy_bonus.coef", {}, 0.0, 1.0, (x, round(x + 0.1, 2))), 50
         ),
     ),
     "ppo": Method(
@@ -219,6 +223,9 @@ METHODS: dict[str, Method] = {
         knob=knob("critic_learning_rate", 3e-4, (1e-4, 1e-3), lambda x: {"critic_learning_rate": x}),
     ),
 }
+
+# Rollouts that fit into the time of 100 of GRPO's, for the methods of which a rollout takes over 1.1 times as long.
+AT_EQUAL_COMPUTE = {"ppo": 54, "bonus": 85, "adaptive-bonus": 87, "thermostat": 88}
 
 # Of earlier experiments (LOG.md); no part of the suite: --methods makes them.
 EXTRA: dict[str, Method] = {

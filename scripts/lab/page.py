@@ -14,13 +14,14 @@ import jinja2
 
 from .answers import collapse_section, law_section, spending_section
 from .cells import Section
-from .choice import comparison_section, pareto_section, recommendation_section
-from .comparison import comparison, row
+from .choice import comparison_section, pareto_section, recommendation_section, stopped_section
+from .comparison import at_equal_compute, at_equal_entropy, comparison
 from .drawing import DARK, LIGHT, render
 from .findings import estimators_section, lengths_section, mechanics_section, sensitivity_section
-from .methods import ALL
-from .questions import REFERENCE, WINDOW, select, shortest
-from .records import Kept, Record
+from .methods import ALL, REFERENCE
+from .questions import WINDOW, select, shortest
+from .records import Kept, Record, with_stops
+from .verdicts import holds
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -32,13 +33,15 @@ def sections(records: Sequence[Record]) -> list[Section]:
         return []
     titles = {name: ALL[name].title for name in ALL}
     plain, rows = methods[REFERENCE], comparison(methods)
-    equal = [row(name, runs, plain) for name, runs in select(records, "compute").items()]
+    held = [row.name for row in rows if holds(row)]
     found = [
-        collapse_section(plain, methods, titles),
+        collapse_section(plain, methods, held, titles),
         law_section(plain, methods, titles),
         *([spending_section(plain)] if shortest(plain) > 2 * WINDOW else []),
-        comparison_section(rows, equal, max(record.prompts for record in plain.values()), titles),
+        comparison_section(rows, at_equal_compute(methods), max(one.prompts for one in plain.values()), titles),
     ]
+    if early := at_equal_entropy(methods):
+        found.append(stopped_section(early, with_stops(plain), titles))
     if watched := select(records, "probe").get(REFERENCE):
         found += [mechanics_section(watched), estimators_section(watched)]
     varied = select(records, "lengths")
@@ -47,7 +50,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     if any(record.part == "knob" for record in records):
         found.append(sensitivity_section(records, titles))
     if len(rows) > 1 and all("1" in row.pass_at for row in rows):
-        found += [pareto_section(rows, titles), recommendation_section(rows, methods, titles)]
+        found += [pareto_section(rows, titles), recommendation_section(rows, early, methods, titles)]
     return found
 
 

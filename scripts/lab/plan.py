@@ -1,15 +1,14 @@
 """Which runs the suite makes, and how long they take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .base import BaseSettings
-from .methods import ALL, METHODS, Method, control
+from .methods import ALL, AT_EQUAL_COMPUTE, METHODS, REFERENCE, Method, control
 from .runs import LabRun
 
 BASES = {(3,): BaseSettings(), (2, 3): BaseSettings(numbers=(2, 3))}
-# Rollouts that fit into the time of 100 of GRPO's, for the methods of which a rollout takes over 1.1 times as long.
-AT_EQUAL_COMPUTE = {"ppo": 54}
+STOP_EVERY = 10  # rollouts, of GRPO: what it would have been, stopped there
 BUDGET_TOKENS = 400  # of about 545 in a step of the task with two or three numbers
 # Seconds on one idle core of the machine of LOG.md's entry; only the progress bar's estimate hangs on them.
 ROLLOUT = {"grpo": 0.35, "ppo": 0.65}
@@ -21,7 +20,8 @@ START, BASE = 1.0, 200.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """methods: compared, GRPO among them.   seeds: of the comparison.   rollouts: of a run of the comparison.
-    samples: of each of 256 held-out prompts.   knob_seeds, knob_rollouts: of runs with another setting of a knob.
+    samples: of each of 256 held-out prompts.   knob_seeds, knob_rollouts: of runs with another setting of a knob,
+    at least.
     probe_rollouts, length_rollouts: of the runs that watch steps, and of those whose lengths vary.
     """
 
@@ -63,15 +63,9 @@ QUICK = Size(
 def plan(size: Size) -> list[LabRun]:
     """The runs, the comparison first: what is interrupted has answered the main questions."""
     compared = [
-        _run(ALL[name], name, "compare", seed, size.rollouts, samples=size.samples)
+        replace(_run(ALL[name], name, "compare", seed, size.rollouts), samples=size.samples, stops=_stops(name, size))
         for seed in size.seeds
         for name in size.methods
-    ]
-    dear = [
-        _run(ALL[name], name, "compute", seed, size.rollouts * share // 100, samples=size.samples)
-        for seed in size.seeds
-        for name, share in AT_EQUAL_COMPUTE.items()
-        if name in size.methods
     ]
     watched = {"probe_sequences": 64, "probe_every": 1}
     probed = [
@@ -93,7 +87,13 @@ def plan(size: Size) -> list[LabRun]:
         for name, settings in (("grpo", {}), ("c3po", control("token_budget", tokens=BUDGET_TOKENS)))
         if size.length_rollouts
     ]
-    return [*compared, *dear, *probed, *lengths, *_turned(size)]
+    return [*compared, *probed, *lengths, *_turned(size)]
+
+
+def _stops(name: str, size: Size) -> tuple[int, ...]:
+    if name == REFERENCE:
+        return tuple(range(0, size.rollouts, STOP_EVERY))
+    return (size.rollouts * AT_EQUAL_COMPUTE[name] // 100,) if name in AT_EQUAL_COMPUTE else ()
 
 
 def _turned(size: Size) -> list[LabRun]:
@@ -104,11 +104,12 @@ def _turned(size: Size) -> list[LabRun]:
         assert method.knob is not None
         for value, settings in method.knob.settings.items():
             turned = Method(title=name, settings=settings, claim="", source="", algorithm=method.algorithm)
-            runs += [_run(turned, f"{name}={value:g}", "knob", seed, size.knob_rollouts) for seed in size.knob_seeds]
+            rollouts = max(size.knob_rollouts, method.knob.rollouts)
+            runs += [_run(turned, f"{name}={value:g}", "knob", seed, rollouts) for seed in size.knob_seeds]
     return runs
 
 
-def _run(method: Method, name: str, part: str, seed: int, rollouts: int, samples: int = 0) -> LabRun:
+def _run(method: Method, name: str, part: str, seed: int, rollouts: int) -> LabRun:
     return LabRun(
         name=name,
         part=part,
@@ -116,14 +117,14 @@ def _run(method: Method, name: str, part: str, seed: int, rollouts: int, samples
         seed=seed,
         settings=method.settings,
         rollouts=rollouts,
-        samples=samples,
+        samples=0,
     )
 
 
 def seconds(run: LabRun, prompts: int = 256) -> float:
     """What the run takes alone on one core, about."""
     rollout = PROBED if run.settings.get("probe_sequences") else ROLLOUT[run.algorithm]
-    return START + run.rollouts * rollout + run.samples * prompts * SAMPLE
+    return START + run.rollouts * rollout + (1 + len(run.stops)) * run.samples * prompts * SAMPLE
 
 
 def bases_needed(runs: Sequence[LabRun]) -> list[BaseSettings]:

@@ -7,12 +7,11 @@ from statistics import fmean, median
 
 import numpy as np
 
-from rlvr.law import MIN_POINTS, fit_law
+from rlvr.law import MIN_POINTS, LawFit, fit_law
 
 from .intervals import Interval, correlation, interval
-from .records import AGREEMENTS, CLASSES, Record, means
+from .records import AGREEMENTS, CLASSES, Record, means, stopped, with_stops
 
-REFERENCE = "grpo"
 SHARES = (0.10, 0.25, 0.50, 1.0)
 WINDOW = 5  # rollouts that are averaged: which problems a rollout draws moves its reward by about .05
 LATE = 10  # rollouts at the end, whose mean is the reward of a run
@@ -50,21 +49,17 @@ def window_means(values: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Collapse:
-    """Nats. start: first rollout.   at: by share of the run.   first_quarter: share of the whole drop."""
+    """Nats. start: first rollout.   at: by share of the run."""
 
     start: Interval
     at: dict[float, Interval]
-    first_quarter: Interval
 
 
 def collapse(runs: BySeed) -> Collapse:
     entropy = [record.entropy for record in runs.values()]
-    drops = [(h[0] - at(h, 0.25), h[0] - at(h, 1.0)) for h in entropy]
-    quarters = [early / whole if whole else math.nan for early, whole in drops]
     return Collapse(
         start=interval([h[0] for h in entropy]),
         at={share: interval([at(h, share) for h in entropy]) for share in SHARES},
-        first_quarter=interval(quarters),
     )
 
 
@@ -76,8 +71,9 @@ class Foresight:
     """Of fits to the first `share` of the rollouts: predicted less measured mean reward of the last 10 rollouts.
 
     law, line: of R = -a exp(H) + b and of a line in H, each at the entropy that those rollouts had.   ceiling: b - a,
-    at H = 0, less that reward.   last: what the first part's last 10 rollouts earned, as prediction.   size: mean
-    |law|.   covered: share of the seeds whose reward lies in the 95 % interval of the fitted mean.
+    at H = 0, less that reward.   last: what the first part's last 10 rollouts earned, as prediction.   size,
+    line_size: mean |law| and |line|.   covered: share of the seeds whose reward lies in the 95 %
+    interval of the fitted mean.
     """
 
     share: float
@@ -86,12 +82,13 @@ class Foresight:
     ceiling: Interval
     last: Interval
     size: Interval
+    line_size: Interval
     covered: float
 
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """r2, r2_linear: of the law and of a line in H, both fitted to means over 5 rollouts.   a, b: in units of reward.
+    """r2, r2_linear: of the law and of a line in H, fitted.   a, b: in units of reward.
     foresight: empty where runs are too short.
     """
 
@@ -104,12 +101,17 @@ class Law:
 
 def law(runs: BySeed) -> Law:
     fits = [fit_law(window_means(r.made), window_means(r.reward)) for r in runs.values()]
+    ahead = tuple(foresight(runs, share) for share in EARLY if round(shortest(runs) * share) >= MIN_POINTS)
+    return _law(fits, ahead)
+
+
+def _law(fits: Sequence[LawFit], ahead: tuple[Foresight, ...] = ()) -> Law:
     return Law(
         r2=interval([fit.r2 for fit in fits]),
         r2_linear=interval([fit.r2_linear for fit in fits]),
         a=interval([fit.a for fit in fits]),
         b=interval([fit.b for fit in fits]),
-        foresight=tuple(foresight(runs, share) for share in EARLY if round(shortest(runs) * share) >= MIN_POINTS),
+        foresight=ahead,
     )
 
 
@@ -133,7 +135,20 @@ def foresight(runs: BySeed, share: float) -> Foresight:
         low, high = fit.interval(final_entropy)
         inside.append(low <= final <= high)
     found = {name: interval(values) for name, values in errors.items()}
-    return Foresight(share, **found, size=interval([abs(e) for e in errors["law"]]), covered=float(np.mean(inside)))
+    sizes = {
+        which: interval([abs(error) for error in errors[of]]) for which, of in (("size", "law"), ("line_size", "line"))
+    }
+    return Foresight(share, **found, **sizes, covered=float(np.mean(inside)))
+
+
+def held_out_law(runs: BySeed) -> Law | None:
+    """The law of held-out pass@1, fitted to the runs' stops and ends; None with fewer than 8 of them."""
+    fits = []
+    for record in with_stops(runs).values():
+        way = [*(stopped(record, int(count)) for count in record.stops), record]
+        if len(way) >= 8:
+            fits.append(fit_law([at(one.entropy, 1.0) for one in way], [one.pass_at["1"] for one in way]))
+    return _law(fits) if fits else None
 
 
 # ------------------------------------------------------------------------------------------------------- spending
@@ -179,9 +194,19 @@ def _shares(values: Sequence[float]) -> list[float]:
 
 
 def by_class(runs: BySeed) -> dict[str, Interval]:
-    """What the tokens of each of CLASSES add to the entropy change of a run, nats, summed over its watched steps."""
+    """What the tokens of each of CLASSES, those without an advantage and all add to the entropy change of a run, nats,
+    summed over its watched steps.
+    """
     watched = [record for record in runs.values() if record.by_class]
-    return {name: interval([sum(record.by_class[name]) for record in watched]) for name in CLASSES}
+    found = {name: [sum(record.by_class[name]) for record in watched] for name in CLASSES}
+    whole = [sum(record.measured) for record in watched]
+    found["no_advantage"] = [all_ - sum(of) for all_, *of in zip(whole, *found.values(), strict=True)]
+    return {name: interval(values) for name, values in {**found, "all_tokens": whole}.items()}
+
+
+def fall(runs: BySeed) -> Interval:
+    """Of entropy from the policy that made the first rollout to that of the last, nats."""
+    return interval([record.made[-1] - record.made[0] for record in runs.values()])
 
 
 # ----------------------------------------------------------------------------------------------------- estimators
@@ -191,11 +216,13 @@ def by_class(runs: BySeed) -> dict[str, Interval]:
 class Estimator:
     """How a prediction agrees with the measured entropy change. tokens: within a step, mean (slope: median) over the
     steps of a run, by kind of AGREEMENTS.   steps: of the means of a step, over the steps of a run, likewise.
+    correlations: of each run, over tokens and over steps.
     """
 
     name: str
     tokens: dict[str, Interval]
     steps: dict[str, Interval]
+    correlations: tuple[tuple[float, float], ...]
 
 
 def estimators(runs: BySeed) -> list[Estimator]:
@@ -203,15 +230,21 @@ def estimators(runs: BySeed) -> list[Estimator]:
     watched = [record for record in runs.values() if record.measured]
     found = []
     for name in watched[0].agreement if watched else ():
-        within = {
-            kind: interval(
-                [(median if kind == "slope" else fmean)(record.agreement[name][kind]) for record in watched]
-            )
-            for kind in AGREEMENTS
-        }
+        within = [
+            {kind: (median if kind == "slope" else fmean)(record.agreement[name][kind]) for kind in AGREEMENTS}
+            for record in watched
+        ]
         across = [_line(record.predicted[name], record.measured) for record in watched]
-        found.append(Estimator(name, within, {kind: interval([line[kind] for line in across]) for kind in AGREEMENTS}))
+        tokens, steps = ({kind: interval([run[kind] for run in of]) for kind in AGREEMENTS} for of in (within, across))
+        both = tuple((a["correlation"], b["correlation"]) for a, b in zip(within, across, strict=True))
+        found.append(Estimator(name, tokens, steps, both))
     return sorted(found, key=lambda one: -one.tokens["correlation"].mean)
+
+
+def lead(best: Estimator, other: Estimator) -> tuple[Interval, Interval]:
+    """Correlation of the one less that of the other, over tokens and over steps, paired by runs."""
+    pairs = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(best.correlations, other.correlations, strict=True)]
+    return interval([x for x, _ in pairs]), interval([x for _, x in pairs])
 
 
 def _line(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What a run leaves for the page: plain numbers, read out of its records once, kept as JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,7 @@ from .methods import ALL
 from .runs import HELD_OUT_PROMPTS, LabRun
 
 METHOD_FIELDS = ("surrogate", "controls", "thermostat")  # of a recipe
+CLIPPED = ("clip/low", "clip/high")
 AGREEMENTS = ("correlation", "r2", "slope")
 CLASSES = ("rewarded_likely", "rewarded_unlikely", "punished_likely", "punished_unlikely")  # of tokens
 
@@ -26,10 +27,11 @@ class Record:
     Of each rollout: entropy, nats, mean over its optimizer steps; made, nats, of the policy that made it; reward, mean
     of its completions; seconds, time/step of its steps.   Of each step: grad_norm, before clipping; update_seconds;
     tokens, those of sequences without a gradient included.   pass_at: by k, held out, after training, on `prompts`
-    problems.   touched: share of the tokens that the clip or the control changed, by metric, mean over the steps.
-    Of each watched step: measured, mean entropy change of its tokens, nats; predicted, the same by each estimator, of
-    an SGD step; agreement: over the step's tokens, by estimator and then by kind of AGREEMENTS; by_class: what the
-    tokens of each of CLASSES add to measured.
+    problems.   stops: the same after fewer rollouts, by their number; 0: before training.   touched: share of the
+    tokens that the clip or the control changed or left out, by metric, mean over the steps.   Of each watched step:
+    measured, mean entropy change of its tokens, nats; predicted, the same by each estimator, of an SGD step;
+    agreement: over the step's tokens, by estimator and then by kind of AGREEMENTS; by_class: what the tokens of each
+    of CLASSES add to measured.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Record:
     tokens: tuple[float, ...] = ()
     pass_at: Mapping[str, float]
     prompts: int = HELD_OUT_PROMPTS
+    stops: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     touched: Mapping[str, float]
     measured: tuple[float, ...] = ()
     predicted: Mapping[str, Sequence[float]]
@@ -79,8 +82,6 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
     points = rollout_points(steps)
     evals = read_evals(path)
     updates = round(len(steps) / max(len(points), 1))
-    held_out = evals[-1]["metrics"] if evals else {}
-    prefix = "heldout/pass_at_"
 
     def of(name: str) -> tuple[float, ...]:
         return tuple(series(steps, name)[1])
@@ -101,9 +102,10 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
         grad_norm=of("optim/grad_norm"),
         update_seconds=of("time/update"),
         tokens=of("policy/tokens"),
-        pass_at={name.removeprefix(prefix): x for name, x in held_out.items() if name.startswith(prefix)},
+        pass_at=_passes(evals[-1]) if evals else {},
         prompts=prompts,
-        touched={name: fmean(values) for name in TOUCHED if (values := of(name))},
+        stops={str(round(one["step"] / updates)): _passes(one) for one in evals[:-1]},
+        touched=_touched(of),
         measured=tuple(series(moved, "dynamics/measured")[1]),
         predicted={name: series(moved, f"dynamics/{name}_mean")[1] for name in ESTIMATORS} if moved else {},
         agreement={
@@ -113,6 +115,44 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
         else {},
         by_class={name: series(moved, f"dynamics/measured_{name}")[1] for name in CLASSES} if moved else {},
     )
+
+
+def _touched(of: Callable[[str], Sequence[float]]) -> dict[str, float]:
+    found = {name: fmean(values) for name in TOUCHED if (values := of(name))}
+    if kept := of("token_budget/kept"):
+        found["token_budget/kept"] = 1 - fmean(kept)
+    return found
+
+
+def _passes(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """pass@k by k."""
+    prefix = "heldout/pass_at_"
+    return {k.removeprefix(prefix): x for k, x in evaluation["metrics"].items() if k.startswith(prefix)}
+
+
+def stopped(record: Record, rollouts: int) -> Record:
+    """The run as it was after so many of its rollouts, one of its `stops`; after 0, with the first one's numbers."""
+    seen = max(rollouts, 1)
+    return replace(
+        record,
+        entropy=record.entropy[:seen],
+        made=record.made[:seen],
+        reward=record.reward[:seen],
+        seconds=record.seconds[:seen],
+        pass_at=record.stops[str(rollouts)],
+        stops={},
+    )
+
+
+def with_stops(runs: Mapping[int, Record]) -> dict[int, Record]:
+    """Runs whose held-out problems were asked on their way, each with the stops that all have."""
+    asked = [set(one.stops) for one in runs.values() if one.stops]
+    common = sorted(set.intersection(*asked), key=int) if asked else []
+    return {
+        seed: replace(one, stops={count: one.stops[count] for count in common})
+        for seed, one in runs.items()
+        if one.stops and common
+    }
 
 
 def means(values: Sequence[float], size: int) -> tuple[float, ...]:

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rlvr
 from rlvr.errors import ConfigError
@@ -30,7 +30,8 @@ TRAINERS = {"grpo": rlvr.GRPOTrainer, "ppo": rlvr.PPOTrainer}
 class LabRun:
     """part: of the suite.   name: of the method.   algorithm: of TRAINERS.   settings: fields of the trainer's
     configuration that the method sets.   rollouts: 4 steps each.   numbers: how many a problem has.   samples: of each
-    held-out prompt after training; 0: no evaluation.
+    held-out prompt after training; 0: no evaluation.   stops: rollouts after which they are asked, too, 0: before
+    training; that changes nothing in what is trained.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LabRun:
     rollouts: int = 100
     numbers: tuple[int, ...] = (3,)
     samples: int = 64
+    stops: tuple[int, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -73,8 +75,10 @@ def is_made(run: LabRun, base: Path) -> bool:
 
 def finished(run: LabRun) -> bool:
     """Whether the run is there whole, its evaluation included."""
-    whole = read_run(run.path).get("status") == "finished"
-    return whole and (not run.samples or bool(read_evals(run.path)))
+    held = read_run(run.path)
+    if held.get("status") != "finished" or not run.samples:
+        return held.get("status") == "finished"
+    return any(one["step"] == held["config"]["max_steps"] for one in read_evals(run.path))
 
 
 def described(run: LabRun, base: Path) -> dict[str, Any]:
@@ -86,22 +90,39 @@ def described(run: LabRun, base: Path) -> dict[str, Any]:
         "lab_rollouts": run.rollouts,
         "lab_samples": run.samples,
         "lab_settings": json.dumps(run.settings),
+        **({"lab_stops": list(run.stops)} if run.stops else {}),
     }
 
 
 def make_trainer(run: LabRun, base: Path, run_config: Mapping[str, Any]) -> PolicyTrainer:
     drawn = max(run.rollouts * PROMPTS, PROBLEMS)
     problems = draw_prompts(False, run.numbers, drawn, np.random.default_rng(1000 + run.seed))
-    held_out = draw_prompts(True, run.numbers, HELD_OUT_PROMPTS, np.random.default_rng(12345))
-    return TRAINERS[run.algorithm](
+    trainer = TRAINERS[run.algorithm](
         AutoModelForCausalLM.from_pretrained(base),
         reward,
         config(run),
         Dataset.from_dict({"prompt": problems}),
-        Dataset.from_dict({"prompt": held_out}),
+        Dataset.from_dict({"prompt": held_out_prompts(run.numbers)}),
         processing_class=AutoTokenizer.from_pretrained(base),
         run_config={**run_config, "task_description": f"Countdown, {' or '.join(map(str, run.numbers))} numbers"},
     )
+    trainer.add_callback(_Stops(run.stops))
+    return trainer
+
+
+def held_out_prompts(numbers: tuple[int, ...] = (3,)) -> list[str]:
+    """Those of every run."""
+    return draw_prompts(True, numbers, HELD_OUT_PROMPTS, np.random.default_rng(12345))
+
+
+class _Stops(TrainerCallback):
+    """Asks for an evaluation after these rollouts."""
+
+    def __init__(self, rollouts: Collection[int]) -> None:
+        self.steps = {count * UPDATES for count in rollouts}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= state.global_step in self.steps
 
 
 def config(run: LabRun) -> PolicyConfig:
@@ -126,6 +147,7 @@ def setting(run: LabRun) -> dict[str, Any]:
         "warmup_steps": 5 * UPDATES,
         "per_device_eval_batch_size": 512,
         "num_generations_eval": run.samples or 1,
+        "eval_on_start": 0 in run.stops,
         "seed": run.seed,
         "record_sequences": 0,
         # What a model of .3 million parameters does not need, and would cost more than the model.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from .comparison import Compared, compared
 from .intervals import Interval, interval, paired, roughness
-from .methods import METHODS
-from .questions import REFERENCE, BySeed, at, late
+from .methods import METHODS, REFERENCE
+from .questions import BySeed, at, late
 from .records import Record
 
 SCATTER = {"tokens": "tokens of a step", "grad_norm": "norm of the gradient", "update_seconds": "time of an update"}

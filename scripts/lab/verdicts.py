@@ -1,12 +1,12 @@
 """The recommendation table, by stated rules from the comparison alone. No sentence here knows a method."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlvr.law import CONFIDENCE
 
 from .comparison import Compared, Row
-from .questions import REFERENCE
+from .methods import REFERENCE
 
 MATERIAL = 0.02  # nats, by which a method must hold entropy to be said to hold it
 
@@ -14,37 +14,59 @@ RULES = (
     "A difference is shown if the 95 % interval of the paired difference to GRPO, over the seeds, excludes 0.",
     f"A method holds entropy if it ends with more than GRPO, shown, by at least {MATERIAL} nats.",
     "It ruins the policy if its reward at the end is, by its mean, below that of the base model.",
-    "It helps if pass@1 or pass@k (the largest k measured) is better, shown, and neither is worse.",
-    "It is a trade if one is better and the other worse, both shown.",
-    "It holds entropy at a price if it holds entropy and pass@1 or pass@k is worse, shown; else at no shown price.",
-    "It hurts if pass@1 or pass@k is worse, shown, and none of the above; else it does not help here.",
+    "It helps if pass@1 or pass@k (the largest k measured) is better, shown, and neither is worse, both than with "
+    "GRPO at its end and than with GRPO stopped at as much entropy; without the latter it does no more than stopping "
+    "early.",
+    "It is a trade if one is better and the other worse than with GRPO at its end, both shown.",
+    "It holds entropy at a price if it holds entropy and pass@1, pass@k or training reward is worse, shown; else at "
+    "no shown price.",
+    "It hurts if pass@1 or pass@k is worse, shown, and none of the above; else no effect on them is shown, which is "
+    "not to say that there is none: see how wide the intervals are.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """overall: by RULES.   effects: one phrase per quantity.   good_for: quantities with a shown gain."""
+    """overall: by RULES.   effects: shown ones, a phrase per quantity, less GRPO at its end.   early: the same, less
+    GRPO stopped at as much entropy.   good_for, more_than_early: quantities with a shown gain over the one and over
+    the other.
+    """
 
     name: str
     overall: str
     effects: tuple[str, ...]
+    early: tuple[str, ...]
     good_for: tuple[str, ...]
+    more_than_early: tuple[str, ...]
 
 
-def verdict(row: Row, base_reward: float) -> Verdict:
-    """base_reward: mean reward of the policy that RL started from."""
-    quantities = quality(row)
-    signs = {what: one.difference.sign for what, one in quantities.items()}
-    better = tuple(what for what, sign in signs.items() if sign > 0)
-    worse = tuple(what for what, sign in signs.items() if sign < 0)
-    effects = (
-        _effect("entropy", row.entropy, " nats"),
-        *(_effect(what, one, "") for what, one in quantities.items()),
-    )
-    overall = _overall(row.reward.value.mean < base_reward, holds(row), bool(better), bool(worse))
-    ruined = overall == "ruins the policy here"
+def verdict(row: Row, base_reward: float, early: Row | None = None) -> Verdict:
+    """base_reward: mean reward of the policy that RL started from.   early: the method less GRPO stopped at as much
+    entropy; None: GRPO was not measured on its way.
+    """
+    better, worse = _shown(row, 1), _shown(row, -1)
+    more = better if early is None else () if _shown(early, -1) else _shown(early, 1)
+    ruined = row.reward.value.mean < base_reward
+    if ruined:
+        overall = "ruins the policy here"
+    elif better and worse:
+        overall = "a trade here"
+    elif better:
+        overall = "helps here" if more else "no more than stopping early"
+    elif holds(row):
+        price = worse or row.reward.difference.sign < 0
+        overall = "holds entropy at a price" if price else "holds entropy at no shown price"
+    else:
+        overall = "hurts here" if worse else "no effect shown here"
     good_for = (*better, *(("holding entropy",) if holds(row) else ()))
-    return Verdict(row.name, overall, effects, () if ruined else good_for)
+    return Verdict(
+        name=row.name,
+        overall=overall,
+        effects=_told({"entropy": row.entropy, "training reward": row.reward, **quality(row)}),
+        early=_told(quality(early) if early else {}),
+        good_for=() if ruined else good_for,
+        more_than_early=() if ruined else more,
+    )
 
 
 def holds(row: Row) -> bool:
@@ -58,43 +80,29 @@ def quality(row: Row) -> dict[str, Compared]:
     return {f"pass@{k}": row.pass_at[k] for k in dict.fromkeys(("1", largest)) if k in row.pass_at}
 
 
-def _overall(ruined: bool, holds: bool, better: bool, worse: bool) -> str:
-    if ruined:
-        return "ruins the policy here"
-    if better:
-        return "a trade here" if worse else "helps here"
-    if holds:
-        return "holds entropy at a price" if worse else "holds entropy at no shown price"
-    return "hurts here" if worse else "does not help here"
+def _shown(row: Row, sign: int) -> tuple[str, ...]:
+    return tuple(what for what, one in quality(row).items() if one.difference.sign == sign)
 
 
-def _effect(what: str, one: Compared, unit: str) -> str:
-    if one.difference.sign == 0:
-        return f"{what}: no difference shown"
-    return f"{what} {one.difference.mean:+.3f}{unit}"
+def _told(effects: Mapping[str, Compared]) -> tuple[str, ...]:
+    return tuple(f"{what} {one.difference.mean:+.3f}" for what, one in effects.items() if one.difference.sign)
 
 
-def verdicts(rows: Sequence[Row], base_reward: float) -> list[Verdict]:
-    """Of every method but GRPO itself."""
-    return [verdict(row, base_reward) for row in rows if row.name != REFERENCE]
+def verdicts(rows: Sequence[Row], base_reward: float, early: Sequence[Row] = ()) -> list[Verdict]:
+    """Of every method but GRPO itself.   early: of `at_equal_entropy`."""
+    stopped = {row.name: row for row in early}
+    return [verdict(row, base_reward, stopped.get(row.name)) for row in rows if row.name != REFERENCE]
 
 
-def by_goal(found: Sequence[Verdict]) -> dict[str, list[str]]:
-    """Names of the methods with a shown gain, by goal; a goal without one is there too, with no name."""
-    goals = dict.fromkeys(
-        goal
-        for one in found
-        for goal in (*(e.partition(":")[0].split(" ")[0] for e in one.effects[1:]), "holding entropy")
+def goals(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What a method can be good for."""
+    return (*quality(rows[0]), "holding entropy")
+
+
+def by_chance(looked_at: Sequence[Compared]) -> str:
+    """How many differences were looked at, how many exclude 0, and how many would if nothing differed."""
+    shown = sum(one.difference.sign != 0 for one in looked_at)
+    return (
+        f"Of {len(looked_at)} differences {shown} exclude 0; about {(1 - CONFIDENCE) * len(looked_at):.1f} would if "
+        "nothing differed."
     )
-    return {goal: [one.name for one in found if goal in one.good_for] for goal in goals}
-
-
-def by_chance(rows: Sequence[Row]) -> tuple[int, int, float]:
-    """(differences to GRPO whose intervals were looked at, how many exclude 0, how many would if nothing differed)."""
-    looked_at = [
-        one.difference.sign
-        for row in rows
-        if row.name != REFERENCE
-        for one in (row.entropy, row.reward, *row.pass_at.values())
-    ]
-    return len(looked_at), sum(sign != 0 for sign in looked_at), (1 - CONFIDENCE) * len(looked_at)
