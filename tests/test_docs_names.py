@@ -104,6 +104,26 @@ def test_numbers_that_are_told_of_the_laboratory_are_its() -> None:
         assert number in laboratory.page(), number
 
 
+def test_what_is_dearer_than_grpo_was_compared_at_equal_compute() -> None:
+    """Rollouts at equal compute were chosen before: they agree with the time that the kept results measured."""
+    import laboratory
+
+    from scripts.lab.comparison import DEARER
+    from scripts.lab.methods import AT_EQUAL_COMPUTE, METHODS
+
+    times = laboratory.table("methods", 1)
+    at_equal = laboratory.table("methods", 2)
+    for name, method in METHODS.items():
+        said = times[method.title]["time per rollout / GRPO's"]
+        if not said:
+            assert name == "grpo"
+            continue
+        mean, half = map(float, said.split(" ± "))
+        assert (mean > DEARER) == (name in AT_EQUAL_COMPUTE) == (method.title in at_equal), name
+        if name in AT_EQUAL_COMPUTE:
+            assert abs(100 / AT_EQUAL_COMPUTE[name] - mean) <= half, name
+
+
 def test_every_method_of_the_laboratory_is_on_a_page() -> None:
     import laboratory
 

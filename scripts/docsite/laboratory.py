@@ -45,9 +45,11 @@ def evidence(title: str) -> str:
     text += ". ± is half of a 95 % interval"
     if verdict is None:
         return text + "."
+    early = _early(title, ("pass@1", "pass@64"))
+    early = f" Less GRPO stopped where it has as much entropy: {early}." if early else ""
     scaled = "" if verdict["scaled"] == "no" else f" ({verdict['scaled']})"
     return (
-        f"{text}; Δ: paired difference to GRPO, * where its interval excludes 0. By the rules of that page: "
+        f"{text}; Δ: paired difference to GRPO, * where its interval excludes 0.{early} By the rules of that page: "
         f"**{verdict['here']}**. Setting there: `{verdict['setting here']}`{scaled}."
     )
 
@@ -59,8 +61,16 @@ def ours(title: str) -> str:
     form = f" {title.partition(' ')[2]}" if title.endswith(")") else ""
     if not row["H at the end less GRPO"]:
         return "[laboratory](docs/lab/results.md): " + ", ".join(f"{_short(name)} {row[name]}" for name in names)
-    differences = [f"{_short(name)} {_starred(row, name)}" for name in names]
-    return f"[laboratory](docs/lab/results.md){form}, less GRPO: " + ", ".join(differences)
+    differences = ", ".join(f"{_short(name)} {_starred(row, name)}" for name in names)
+    early = _early(title, ("pass@64",))
+    early = f"; less GRPO stopped early: {early}" if early else ""
+    return f"[laboratory](docs/lab/results.md){form}, less GRPO: {differences}{early}"
+
+
+def _early(title: str, names: tuple[str, ...]) -> str:
+    """The method less GRPO that was stopped where it had as much entropy."""
+    row = table("stopped").get(title) if "stopped" in results()["sections"] else None
+    return ", ".join(f"{name} {_starred(row, name)}" for name in names) if row else ""
 
 
 def _short(name: str) -> str:

@@ -148,10 +148,13 @@ def recommendation_section(
         for one in found
     )  # fmt: skip
     by_goal = tuple(
-        (goal, *(", ".join(titles[one.name] for one in found if goal in getattr(one, which)) or "none shown"
-                 for which in ("good_for", "more_than_early")))
+        (
+            goal,
+            ", ".join(titles[one.name] for one in found if goal in one.good_for) or "none shown",
+            ", ".join(titles[one.name] for one in found if goal in one.more_than_early) or "none shown",
+        )
         for goal in goals(rows)
-    )  # fmt: skip
+    )
     return Section(
         anchor="recommendation",
         title="Which method when?",

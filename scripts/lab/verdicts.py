@@ -28,8 +28,8 @@ RULES = (
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """overall: by RULES.   effects: shown ones, a phrase per quantity, less GRPO at its end.   early: the same, less
-    GRPO stopped at as much entropy.   good_for, more_than_early: quantities with a shown gain over the one and over
-    the other.
+    GRPO stopped at as much entropy.   good_for: quantities with a shown gain.   more_than_early: those of them with a
+    shown gain over GRPO stopped, too.
     """
 
     name: str
@@ -45,7 +45,9 @@ def verdict(row: Row, base_reward: float, early: Row | None = None) -> Verdict:
     entropy; None: GRPO was not measured on its way.
     """
     better, worse = _shown(row, 1), _shown(row, -1)
-    more = better if early is None else () if _shown(early, -1) else _shown(early, 1)
+    more = better
+    if early is not None:
+        more = () if _shown(early, -1) else tuple(what for what in better if what in _shown(early, 1))
     ruined = row.reward.value.mean < base_reward
     if ruined:
         overall = "ruins the policy here"
