@@ -1,6 +1,6 @@
 """The entropy laboratory: does entropy collapse, what holds it, and what is that worth? On CPUs, with rlvr's trainers.
 
-    make lab                                    the whole suite, resumable, 54 minutes on two cores
+    make lab                                    the whole suite, resumable, about an hour on two cores
     make lab ARGS=--quick                       fewer methods, seeds and rollouts: planned for three minutes
     make lab ARGS=--page                        the page again, from the records alone
     make lab ARGS="--read DIR"                  the page of other runs, DIR/METHOD-seedN (docs/lab.md)

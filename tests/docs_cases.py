@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "docsite"))
 
 import docstrings as docstrings  # noqa: E402
+import laboratory as laboratory  # noqa: E402
 import methods as methods  # noqa: E402
 
 PAGES = [

@@ -86,51 +86,6 @@ def test_table_of_methods_is_that_of_the_data(document: str) -> None:
     assert methods.standing(document) == methods.table(document), "run python scripts/docsite/methods.py"
 
 
-def test_results_of_the_laboratory_are_those_of_its_data() -> None:
-    import laboratory
-
-    assert (ROOT / "docs" / "lab" / "results.md").read_text() == laboratory.page()
-
-
-def test_numbers_that_are_told_of_the_laboratory_are_its() -> None:
-    import laboratory
-
-    for mean, half in re.findall(r"(?<![+−\d])(\.\d{3}) ± (\.\d{3})", (ROOT / "docs" / "instruments.md").read_text()):
-        assert f"0{mean} ± 0{half}" in laboratory.page(), mean
-    told = re.findall(r"([+−])\.(\d{3}) ± \.(\d{3})", (ROOT / "docs" / "concepts.md").read_text())
-    assert len(told) > 20
-    for sign, mean, half in told:
-        number = f"{sign}0.{mean} ± 0.{half}".replace("−", "-")
-        assert number in laboratory.page(), number
-
-
-def test_what_is_dearer_than_grpo_was_compared_at_equal_compute() -> None:
-    """Rollouts at equal compute were chosen before: they agree with the time that the kept results measured."""
-    import laboratory
-
-    from scripts.lab.comparison import DEARER
-    from scripts.lab.methods import AT_EQUAL_COMPUTE, METHODS
-
-    times = laboratory.table("methods", 1)
-    at_equal = laboratory.table("methods", 2)
-    for name, method in METHODS.items():
-        said = times[method.title]["time per rollout / GRPO's"]
-        if not said:
-            assert name == "grpo"
-            continue
-        mean, half = map(float, said.split(" ± "))
-        assert (mean > DEARER) == (name in AT_EQUAL_COMPUTE) == (method.title in at_equal), name
-        if name in AT_EQUAL_COMPUTE:
-            assert abs(100 / AT_EQUAL_COMPUTE[name] - mean) <= half, name
-
-
-def test_every_method_of_the_laboratory_is_on_a_page() -> None:
-    import laboratory
-
-    told = "".join(GENERATED.values())
-    assert len(laboratory.titles()) == 16 and all(laboratory.evidence(title) in told for title in laboratory.titles())
-
-
 def test_every_control_surrogate_router_and_estimator_has_a_page() -> None:
     named = {path.rpartition(".")[2] for method in methods.read_methods() for path in method.classes}
     assert {cls.__name__ for cls in [*CONTROLS.values(), *SURROGATES.values(), *ROUTERS.values()]} <= named
@@ -206,26 +161,6 @@ def test_recipes_too_large_for_unsharded_weights_are_launched_with_sharded_ones(
     for path in (ROOT / "recipes").glob("*.yaml"):
         if "size does not fit" in (text := path.read_text()) or re.search("(14|30|32)B", text.partition("task:")[0]):
             assert "zero3" in methods.launch_line(path.stem), path.stem
-
-
-def test_papers_tell_what_the_laboratory_found() -> None:
-    import laboratory
-
-    assert all(laboratory.ours(title) in methods.standing("PAPERS.md") for title in laboratory.titles())
-
-
-def numbers(text: str) -> set[str]:
-    """Measured numbers as they are written, such as .740 or 4.67; not those of settings and sentences."""
-    return set(re.findall(r"(?<![\w.])\d*\.\d\d+(?![\w.]*\w)", text))
-
-
-def test_measured_numbers_are_in_the_log_or_the_laboratory() -> None:
-    import laboratory
-
-    log = numbers((ROOT / "LOG.md").read_text())
-    log |= {number.removeprefix("0") for number in numbers(laboratory.page())}
-    for method in methods.read_methods():
-        assert numbers(method.measured) <= log, method.name
 
 
 # ------------------------------------------------------------------------------------------------ coming from others

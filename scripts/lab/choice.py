@@ -28,8 +28,8 @@ def comparison_section(rows: Sequence[Row], equal: Sequence[Row], prompts: int, 
     tables = [
         _passes(rows, titles, (
             "± is half of the 95 % interval over seeds (Student's t). Differences are paired: the same seed draws"
-            " the same problems. * : the interval excludes 0. All runs are asked the same held-out problems, "
-            f"{prompts} of them, so the intervals are for these.",
+            " the same problems. * : the interval excludes 0. All runs are asked the same "
+            f"{prompts} held-out prompts, so the intervals are for these.",
             by_chance(looked_at) + " That counts entropy, and the reward of the next table. All are differences to "
             "the same runs of GRPO: where these were unlucky, all methods look better.")),
         Table(("method", "time per rollout / GRPO's", "reward", "less GRPO", "clipped", "touched"), compute, (
