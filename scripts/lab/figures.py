@@ -216,7 +216,8 @@ def length_bars(found: Mapping[str, Mapping[str, Compared]], titles: Mapping[str
 
 def knobs(found: Mapping[str, Sensitivity], titles: Mapping[str, str], fields: Mapping[str, str]) -> Draw:
     """Entropy and reward by the knob's value, a panel per method; the own setting is marked by a line."""
-    most = 1.1 * max(one.entropy.mean for knob in found.values() for one in knob.settings if one.entropy.mean < MOST)
+    means = [x.mean for knob in found.values() for one in knob.settings for x in (one.entropy, one.reward)]
+    most = 1.1 * max(mean for mean in means if mean < MOST)
 
     def draw(figure: Any, theme: Theme) -> None:
         panels = list(figure.subplots(-(-len(found) // 4), 4, sharey=True, squeeze=False).flat)
