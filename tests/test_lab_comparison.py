@@ -61,6 +61,7 @@ def test_equal_entropy_stops_grpo_where_it_has_the_methods():
     assert found.pass_at["64"].difference.mean == pytest.approx(-0.02, abs=1e-12)  # better than GRPO's end, .90
     assert found.pass_at["1"].difference.mean == pytest.approx(-0.01, abs=1e-12)
     assert at_equal_entropy({"grpo": {0: record()}, "kl-cov": held}) == []
+    assert at_equal_entropy({"grpo": plain, "kl-cov": {0: replace(held[0], pass_at={})}}) == []  # not asked
 
 
 def test_a_method_that_spends_more_is_compared_with_grpos_end():

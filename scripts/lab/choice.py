@@ -85,7 +85,7 @@ def _at_equal_compute(rows: Sequence[Row], equal: Sequence[Row], titles: Mapping
 
 def stopped_section(rows: Sequence[Row], plain: BySeed, titles: Mapping[str, str]) -> Section:
     """rows: of `at_equal_entropy`."""
-    largest = max(rows[0].pass_at, key=int)
+    largest = max(set.intersection(*(set(row.pass_at) for row in rows)), key=int)
     better = {
         k: [titles[row.name] for row in rows if row.pass_at[k].difference.sign > 0]
         for k in dict.fromkeys(("1", largest))

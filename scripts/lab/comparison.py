@@ -87,7 +87,7 @@ def at_equal_compute(methods: Mapping[str, BySeed]) -> list[Row]:
 def at_equal_entropy(methods: Mapping[str, BySeed]) -> list[Row]:
     """Each method at its end less GRPO stopped early: with each seed where its entropy was nearest to the method's.
 
-    rollouts: of GRPO, mean.   Without runs of GRPO with stops: empty.
+    rollouts: of GRPO, mean.   Empty where no held-out problems were asked of GRPO on its way, or of the methods.
     """
     plain = with_stops(methods[REFERENCE])
     rows = []
@@ -96,7 +96,7 @@ def at_equal_entropy(methods: Mapping[str, BySeed]) -> list[Row]:
             early = {seed: nearest(plain[seed], at(runs[seed].entropy, 1.0)) for seed in sorted(both)}
             rollouts = round(fmean(len(one.entropy) for one in early.values()))
             rows.append(replace(row(name, runs, early), rollouts=rollouts))
-    return rows
+    return [one for one in rows if "1" in one.pass_at]
 
 
 def nearest(record: Record, entropy: float) -> Record:
