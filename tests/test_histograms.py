@@ -86,7 +86,7 @@ def details(parts: list[Tensor], reduce: Reduce) -> dict[str, Any]:
 
 
 def test_token_diagnostics_count_each_token_once() -> None:
-    """Those that controls take out have weight 0 and a mismatch, and no part in anything else."""
+    """Those that controls take out have weight 0, an entropy and a mismatch, and no part in anything else."""
     tokens, coefficients = rollout()
     keep, weight = coefficients.keep, coefficients.weight
     assert keep is not None and weight is not None and tokens.entropy is not None and tokens.rollout_logps is not None
@@ -94,7 +94,7 @@ def test_token_diagnostics_count_each_token_once() -> None:
     counts = found["histograms"]
     logps, advantages = tokens.logps[keep].double(), tokens.advantages[keep].double()
     expected = {
-        "entropy": tokens.entropy[keep],
+        "entropy": tokens.entropy,
         "covariance": (logps - logps.mean()) * (advantages - advantages.mean()),
         "advantage": tokens.advantages[keep],
         "weight": weight * keep,
@@ -102,12 +102,12 @@ def test_token_diagnostics_count_each_token_once() -> None:
     }
     assert counts == {name: counted(x.tolist(), HISTOGRAMS[name].edges) for name, x in expected.items()}
     assert {name: sum(x) for name, x in counts.items()} == {
-        **dict.fromkeys(("entropy", "covariance", "advantage"), int(keep.sum())),
-        **dict.fromkeys(("weight", "mismatch"), 1000),
+        **dict.fromkeys(("covariance", "advantage"), int(keep.sum())),
+        **dict.fromkeys(("entropy", "weight", "mismatch"), 1000),
     }
     assert counts["weight"][0] == int((~keep).sum()) > 0
-    for name, number in (("entropy_by_position", int(keep.sum())), ("mismatch_by_position", 1000)):
-        assert found[name]["edges"] == list(doubling_edges(4, 1000)) and sum(found[name]["count"]) == number
+    for name in ("entropy_by_position", "mismatch_by_position"):
+        assert found[name]["edges"] == list(doubling_edges(4, 1000)) and sum(found[name]["count"]) == 1000
     bins = found["mismatch_by_position"]
     mean = sum(m * n for m, n in zip(bins["mean"], bins["count"], strict=True)) / 1000
     assert mean == pytest.approx(float(expected["mismatch"].mean()), rel=1e-12)

@@ -22,7 +22,7 @@ def _mirrored(*edges: float) -> tuple[float, ...]:
 HISTOGRAMS = {
     "entropy": Histogram(
         "nats",
-        "entropy of the trained tokens",
+        "entropy of the trained tokens, those too that a control masks",
         (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8),
     ),
     "covariance": Histogram(
