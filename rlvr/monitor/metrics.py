@@ -38,7 +38,7 @@ _ROWS: dict[str, Metric] = {
     "policy/skipped": Metric(
         "fraction", "sequences without any gradient, not trained on; entropy counts them as of the rollout"
     ),
-    "policy/tokens": Metric("tokens", "tokens of the step, skipped sequences included: the token means are over them"),
+    "policy/tokens": Metric("tokens", "tokens of the step that no control masks, skipped sequences included"),
     "policy/weight": Metric("1", "mean weight on the surrogate, from controls and the engine correction", "near 1"),
     # router: of a mixture of LoRA experts, over all routers and the tokens, prompts included, of the step's texts that
     # were passed with gradient (policy/skipped)

@@ -16,7 +16,7 @@ from .questions import BySeed, Estimator, Spending, shortest, window_means
 from .records import CLASSES, Record
 from .scatter import SCATTER, Sensitivity
 
-MOST = 1.0  # nats: a policy that explodes is told in a word
+MOST = 1.0  # nats: what a policy that explodes has more is not drawn
 
 
 def top(plain: BySeed) -> float:

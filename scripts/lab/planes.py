@@ -7,10 +7,9 @@ import numpy as np
 
 from .comparison import Row, pareto
 from .drawing import Draw, Theme, style
+from .figures import MOST
 from .questions import BySeed, at
 from .records import stopped
-
-MOST = 1.0  # nats: more than that has one color
 
 
 def entropy_plane(rows: Sequence[Row], plain: BySeed, titles: Mapping[str, str], largest: str) -> Draw:

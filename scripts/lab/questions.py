@@ -88,7 +88,7 @@ class Foresight:
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """r2, r2_linear: of the law and of a line in H, fitted.   a, b: in units of reward.
+    """r2, r2_linear: of the fitted law and of a line in H.   a, b: in units of reward.
     foresight: empty where runs are too short.
     """
 
@@ -200,7 +200,7 @@ def by_class(runs: BySeed) -> dict[str, Interval]:
     watched = [record for record in runs.values() if record.by_class]
     found = {name: [sum(record.by_class[name]) for record in watched] for name in CLASSES}
     whole = [sum(record.measured) for record in watched]
-    found["no_advantage"] = [all_ - sum(of) for all_, *of in zip(whole, *found.values(), strict=True)]
+    found["no_advantage"] = [every - sum(of) for every, *of in zip(whole, *found.values(), strict=True)]
     return {name: interval(values) for name, values in {**found, "all_tokens": whole}.items()}
 
 

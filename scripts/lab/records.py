@@ -120,7 +120,7 @@ def record_of(run: LabRun, path: Path, prompts: int) -> Record:
 def _touched(of: Callable[[str], Sequence[float]]) -> dict[str, float]:
     found = {name: fmean(values) for name in TOUCHED if (values := of(name))}
     if kept := of("token_budget/kept"):
-        found["token_budget/kept"] = 1 - fmean(kept)
+        found["token_budget/left_out"] = 1 - fmean(kept)
     return found
 
 
